@@ -1,0 +1,72 @@
+# Every target creates the virtual environment it needs and uses it again the next time.
+#
+#   make quickstart                     the whole pipeline on a toy model, with a report
+#   make test PYTHON=python3.12         another interpreter gets its own folder, .venv-3.12
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# An interpreter named by the user gets its own environment, so that several can live side by side.
+ifeq ($(origin PYTHON),file)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+endif
+READY := $(VENV)/.ready
+LOWEST := .venv-lowest
+BIN := $(VENV)/bin
+
+# How many test files run at the same time; tests/conftest.py limits each to one thread.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+SOURCES := megatron_ross kernels tools examples tests setup.py $(wildcard pretrain_ross.py)
+
+.PHONY: help install quickstart test test-slow test-layouts test-gpu test-lowest check format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+		while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+$(READY): setup.py tools/setup_venv.sh
+	@tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(LOWEST)/.ready: setup.py tools/setup_venv.sh tests/lowest-requirements.txt
+	@CONSTRAINTS=tests/lowest-requirements.txt tools/setup_venv.sh "$(PYTHON)" "$(LOWEST)"
+	@touch $@
+
+install: $(READY) ## create the environment, install everything
+
+quickstart: $(READY) ## data, conversion, two training stages, export, report: examples/quickstart
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(READY) ## the tests; those that need a GPU run where there is one
+	@$(BIN)/python $(PYTEST) -m "not slow and not layouts"
+
+test-slow: $(READY) ## the tests that take minutes each
+	@$(BIN)/python $(PYTEST) -m slow
+
+test-layouts: $(READY) ## every parallel layout against one process, the full product
+	@$(BIN)/python $(PYTEST) -m layouts
+
+test-gpu: $(READY) ## only the tests that need a CUDA GPU
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a CUDA GPU, and torch sees none")'
+	@$(BIN)/python -m pytest -m gpu
+
+test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
+	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts"
+
+check: $(READY) ## lint, formatting, types
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: $(READY) ## rewrite the sources in the house format
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+clean: ## remove environments, caches and build products; runs/ stays
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find megatron_ross kernels tools examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

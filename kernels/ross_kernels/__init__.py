@@ -1,0 +1,1 @@
+"""Counter-based noise and fused noising + MSE kernels for reconstruction training."""

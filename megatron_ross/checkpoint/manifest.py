@@ -1,0 +1,131 @@
+"""`manifest.json`: what a checkpoint holds, where it came from, and where the rest of it is.
+
+Layout on disk (`docs/checkpoints.md`): ROOT/latest_checkpointed_iteration.txt names the newest ROOT/iter_0000000/,
+which holds Megatron's torch_dist files, `manifest.json` and `assets/`. Only the standard library and package metadata
+are used here, so tools can look at a checkpoint without loading torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_ross.config.model import RossModelConfig
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+ASSETS_NAME = "assets"
+LATEST_NAME = "latest_checkpointed_iteration.txt"
+_RECORDED_PACKAGES = ("megatron-ross", "megatron-core", "torch")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a conversion: `part` it gave, its hub id or folder name, and the SHA-256 of its files by name."""
+
+    part: str
+    name: str
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of `manifest.json`.
+
+    `dtypes` maps a part (language, vision, projector, denoiser, vae) to its torch dtype without "torch.". `training` is
+    the trainer's free-form record (steps, losses, sample digest, recipe). `base` is set when this checkpoint holds only
+    some tensors: the checkpoint with the others, absolute or relative to the iteration folder.
+    """
+
+    iteration: int
+    model: RossModelConfig
+    sources: tuple[Source, ...] = ()
+    dtypes: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    format_version: int = FORMAT_VERSION
+
+    def write(self, iteration_dir: Path) -> None:
+        """Write `iteration_dir/manifest.json` atomically."""
+        path = Path(iteration_dir) / MANIFEST_NAME
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, iteration_dir: Path) -> Manifest:
+        """Read `iteration_dir/manifest.json`.
+
+        Raises:
+            ValueError: the file is missing, is not a manifest, or has a newer format.
+        """
+        path = Path(iteration_dir) / MANIFEST_NAME
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        try:
+            if fields["format_version"] > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format_version {fields['format_version']}, this version reads up to {FORMAT_VERSION}: "
+                    "update megatron_ross"
+                )
+            fields["model"] = RossModelConfig.from_dict(fields["model"])
+            fields["sources"] = tuple(Source(**source) for source in fields["sources"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a Megatron-Ross manifest: {type(error).__name__} {error}") from None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the packages that determine a checkpoint's format; packages that are not installed are left out."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def iteration_dir(root: Path, iteration: int) -> Path:
+    """ROOT/iter_0000000, Megatron's name for the folder of one iteration."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def write_latest(root: Path, iteration: int) -> None:
+    """Mark `iteration` as the newest complete one. Call it last: until then, readers see the previous one."""
+    path = Path(root) / LATEST_NAME
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(f"{iteration}\n")
+    os.replace(temporary, path)
+
+
+def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Folder of one iteration, given that folder or the root above it (then the newest complete iteration).
+
+    Raises:
+        ValueError: there is no complete checkpoint at `path`.
+    """
+    path = Path(path)
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    latest = path / LATEST_NAME
+    if not latest.is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has neither {MANIFEST_NAME} nor {LATEST_NAME}")
+    text = latest.read_text().strip()
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{latest} should hold an iteration number, found {text[:40]!r}")
+    directory = iteration_dir(path, int(text))
+    if not (directory / MANIFEST_NAME).is_file():
+        raise ValueError(f"{latest} names iteration {int(text)}, but {directory / MANIFEST_NAME} does not exist")
+    return directory

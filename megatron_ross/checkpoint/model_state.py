@@ -1,0 +1,78 @@
+"""A stage's weights as Megatron sharded tensors with layout-free names.
+
+The names do not depend on tensor, pipeline or virtual-pipeline size, nor on which layer implementation is used
+(docs/checkpoints.md lists them), so any layout reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor, nn
+
+from megatron_ross.models.ross_stage import RossStage
+from megatron_ross.parallel.groups import ParallelGroups
+
+_WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+
+def model_sharded_state(stage: RossStage) -> ShardedStateDict:
+    """Sharded tensors of one stage: the stage's own state-dict names -> tensors with layout-free keys."""
+    groups = stage.groups
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.dp}
+    state: dict[str, Any] = {}
+    if stage.spec.has("V"):
+        state |= _replicated(stage.vision.vision_tower.tower, "vision.vision_tower.tower.", "vision.tower.", groups)
+        state |= _replicated(stage.vision.projector, "vision.projector.", "vision.projector.", groups)
+    if stage.spec.has("E"):
+        state |= sharded_state_dict_default(stage.embedding, "embedding.", (), metadata)
+    if stage.spec.num_layers:
+        state |= sharded_state_dict_default(stage.decoder, "decoder.", (), metadata)
+    if stage.spec.has("N"):
+        state |= _replicated(stage.final_layernorm, "final_layernorm.", "final_layernorm.", groups)
+    if stage.spec.has("D"):
+        head = stage.reconstruction
+        state |= _replicated(head.denoiser, "reconstruction.denoiser.", "denoiser.", groups)
+        state |= _replicated(head.latent_encoder.vae, "reconstruction.latent_encoder.vae.", "vae.", groups)
+    if stage.spec.has("H") and stage.output_layer.weight is not None:
+        state |= _output_layer(stage, metadata)
+    return {name: value for name, value in state.items() if not _is_empty_object(value)}
+
+
+def _replicated(module: nn.Module, prefix: str, key_prefix: str, groups: ParallelGroups) -> ShardedStateDict:
+    """Tensors that every tensor- and data-parallel rank of the stage holds whole."""
+    tensors = make_sharded_tensors_for_checkpoint(
+        module.state_dict(keep_vars=True), key_prefix, {}, (), tp_group=groups.tp, dp_cp_group=groups.dp
+    )
+    return {prefix + key.removeprefix(key_prefix): tensor for key, tensor in tensors.items()}
+
+
+def _output_layer(stage: RossStage, metadata: dict[str, Any]) -> ShardedStateDict:
+    """The LM head; its vocabulary padding may differ between layouts. A tied copy goes by the embedding's key."""
+    state = stage.output_layer.sharded_state_dict("output_layer.", (), metadata)
+    name = "output_layer.weight"
+    tensor: ShardedTensor = replace(state[name], allow_shape_mismatch=True)
+    if getattr(stage.output_layer.weight, "shared_embedding", False):
+        _, tp_rank, dp_rank = tensor.replica_id
+        tensor = replace(tensor, key=_WORD_EMBEDDINGS, replica_id=(1, tp_rank, dp_rank))
+    return state | {name: tensor}
+
+
+def _is_empty_object(value: Any) -> bool:
+    """Local layers declare an extra state they do not have; checkpoints made from Hugging Face weights have none."""
+    return isinstance(value, ShardedObject) and (value.data is None or value.key.endswith("_extra_state"))
+
+
+def load_model_state(stage: RossStage, tensors: dict[str, Tensor], *, partial: bool = False) -> None:
+    """Put loaded tensors into the stage; a `partial` set leaves the other weights as they are.
+
+    Raises:
+        RuntimeError: a weight of the stage was not loaded.
+    """
+    missing, unexpected = stage.load_state_dict(tensors, strict=False)
+    missing = [] if partial else [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise RuntimeError(f"stage {stage.spec}: weights not loaded {missing}, weights not expected {list(unexpected)}")

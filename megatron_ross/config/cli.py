@@ -1,0 +1,87 @@
+"""Command line and YAML to a `RunConfig`, and back.
+
+    torchrun pretrain_ross.py --config examples/quickstart/stage1.yaml --tensor-model-parallel-size 2
+
+Every field of `config/schema.py` is one flag and one YAML key of the same name; dashes are as good as underscores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from megatron_ross.config.schema import SECTIONS, RunConfig
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names the setting, its value, the rule and the fix, on one line."""
+
+
+def build_parser(description: str) -> ArgumentParser:
+    """A parser with one flag per field of `RunConfig`, and `--config FILE`."""
+    parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags override it")
+    for section in SECTIONS.values():
+        parser.add_class_arguments(section, as_group=False, sub_configs=False)
+    return parser
+
+
+def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
+    """Read a run's configuration.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or an unreadable file.
+        SystemExit: after --help.
+    """
+    return RunConfig.from_flat(parse_flat(build_parser(description), argv))
+
+
+def parse_flat(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """All settings of `parser` by name, from YAML files and flags. Raises as `parse_run_config`."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            namespace = parser.parse_args(_normalise(argv))
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+    flat = namespace.as_dict()
+    flat.pop("config", None)
+    return flat
+
+
+def _normalise(argv: Sequence[str]) -> list[str]:
+    """Megatron's spelling: `--micro-batch-size 4` is `--micro_batch_size 4`, a bare `--bf16` is `--bf16 true`."""
+    switches = {f"--{f.name}" for section in SECTIONS.values() for f in fields(section) if "bool" in str(f.type)}
+    result: list[str] = []
+    for position, arg in enumerate(argv):
+        arg = re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg)
+        result.append(arg)
+        is_bare = position + 1 == len(argv) or argv[position + 1].startswith("--")
+        if arg in switches and is_bare:
+            result.append("true")
+    return result
+
+
+def _one_line(message: str) -> str:
+    message = re.sub(r"\s+", " ", message).strip()
+    if unknown := re.search(r"Unrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message, re.IGNORECASE):
+        return f"{(unknown[1] or unknown[2]).lstrip('-')}: no such setting; --help lists them all"
+    if wrong := re.search(r'Parser key "(\w+)": Expected an? (.+?)\.? Got value: (.+)', message):
+        kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", wrong[2])
+        return f"{wrong[1]}={wrong[3]!r}: must be {kind}"
+    return message
+
+
+def write_resolved(run: RunConfig, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(run.to_flat(), sort_keys=False))

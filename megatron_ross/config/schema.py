@@ -1,0 +1,203 @@
+"""Every setting of a training run, as frozen dataclasses. Names are Megatron-LM's where Megatron-LM has one.
+
+In YAML and on the command line all fields are flat: `micro_batch_size: 2` or `--micro-batch-size 2`.
+The model's architecture is not here: it comes with the checkpoint (`config/model.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model lies over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each decoder layer's matrices and each microbatch's images."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks in a pipeline."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks per pipeline rank for the interleaved schedule; None reads it off `layout`."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel regions along the sequence."""
+    layout: str = "auto"
+    """What each stage holds, e.g. `VEt*2|t*2NDH` (see config/layout.py); `auto` balances stages by predicted cost."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap pipeline sends with compute; None turns it on exactly when the schedule is interleaved."""
+    batch_p2p_comm: bool | None = None
+    """Batch sends and receives; None means the opposite of overlap_p2p_comm."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer fails the run."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Precision, kernels and memory."""
+
+    bf16: bool = False
+    """bf16 parameters with fp32 main weights and fp32 gradient reduction; otherwise everything is fp32."""
+    denoiser_dtype: Literal["fp32", "bf16", "tf32"] = "fp32"
+    """Arithmetic of the denoiser; published training uses fp32."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Decoder layers; `auto` takes TransformerEngine's when it is installed and a GPU is used."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainabilityConfig:
+    """What is trained. Defaults are stage 2; stage 1 sets `freeze_language_model: true`."""
+
+    freeze_language_model: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    """Freeze the projector."""
+    freeze_mm_inv_projector: bool = False
+    """Freeze the denoiser."""
+    unfreeze_mm_vision_tower: bool = False
+    train_denoiser_position_table: bool | None = None
+    """The sin-cos table: None trains it exactly when the language model is frozen, as the published stage 1."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How losses are formed and normalised."""
+
+    loss_mode: Literal["token_mean", "reference"] = "token_mean"
+    """`token_mean`: sums over the global batch divided by its supervised tokens and real images; `reference`: the mean
+    of microbatch means, with text-only samples diluting the reconstruction loss, as published."""
+    recon_loss_weight: float = 1.0
+    num_noise_draws: int = 4
+    """K: independent (timestep, noise) draws per image."""
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    mm_projector_lr: float | None = None
+    mm_inv_projector_lr: float | None = None
+    mm_vision_tower_lr: float | None = None
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_fraction: float | None = 0.03
+    """Share of the steps with rising learning rate, from 0; rounded up."""
+    lr_warmup_iters: int | None = None
+    """The same as a number of steps; overrides lr_warmup_fraction."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 0.0
+    """Clip gradients to this global norm; 0 does not clip, as the published recipes."""
+    skip_nonfinite_steps: int = 0
+    """How many steps with NaN or Inf gradients may be skipped before the run stops."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are batched."""
+
+    data_path: str = ""
+    """LLaVA-format JSON or JSONL."""
+    image_folder: str = ""
+    template: Literal["plain", "qwen_2", "v1", "llama3"] = "qwen_2"
+    seq_length: int = 2048
+    """Longest sample in tokens, images included; longer ones are truncated."""
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    group_by_modality_length: bool = False
+    """Order samples by modality and length as the published sampler does; otherwise a plain shuffle."""
+    packing: bool = False
+    """Pack several samples into sequences of seq_length tokens; samples never attend to each other."""
+    packing_lookahead: int = 64
+    """Samples that packing may choose from."""
+    image_decoder: Literal["pillow", "dali"] = "pillow"
+    """`pillow` is exactly the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
+    num_workers: int = 4
+    """Threads per rank that decode images."""
+    max_bad_sample_share: float = 0.01
+    """Broken samples are skipped and written to a quarantine file; above this share the run stops."""
+    max_mismatch_share: float = 0.01
+    """The same for samples masked because their tokens do not add up (`tokenization mismatch`)."""
+    num_prefetch_steps: int = 2
+    """Global batches prepared ahead by a background thread."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length of the run, checkpoints and logs."""
+
+    train_iters: int | None = None
+    """Optimizer steps; None trains `num_epochs`."""
+    num_epochs: float = 1.0
+    save: str = ""
+    """Run folder; checkpoints go to <save>/checkpoints. Empty saves nothing."""
+    save_interval: int | None = None
+    """Save every this many steps, and at the end."""
+    save_trainable_only: bool = False
+    """Checkpoints of stage 1 without the frozen weights; they name the checkpoint that holds those."""
+    load: str = ""
+    """Resume from this run's checkpoints (weights, optimizer, schedule, data position)."""
+    init_from: str = ""
+    """Start from the weights of this checkpoint."""
+    log_interval: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Log to Weights & Biases under this project."""
+    preemption_grace_seconds: float = 120.0
+    """After SIGTERM or SIGUSR1: time to finish the step and save before a rank gives up."""
+
+
+SECTIONS: dict[str, type] = {
+    "parallel": ParallelConfig,
+    "compute": ComputeConfig,
+    "trainability": TrainabilityConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerSettings,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All sections of a run."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    trainability: TrainabilityConfig = field(default_factory=TrainabilityConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_flat(cls, flat: dict[str, Any]) -> RunConfig:
+        """Sections from flat keys.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        left = dict(flat)
+        sections = {
+            name: section(**{f.name: left.pop(f.name) for f in fields(section) if f.name in left})
+            for name, section in SECTIONS.items()
+        }
+        if left:
+            raise ValueError(f"unknown setting(s) {', '.join(sorted(left))}; see --help for the list")
+        return cls(**sections)
+
+    def to_flat(self) -> dict[str, Any]:
+        """The inverse of `from_flat`, in section order."""
+        return {
+            f.name: getattr(section, f.name)
+            for section in (getattr(self, name) for name in SECTIONS)
+            for f in fields(section)
+        }

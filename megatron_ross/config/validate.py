@@ -1,0 +1,168 @@
+"""Rules between settings, checked before any process group is made. Each message: setting, value, rule, fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ross.config.cli import ConfigError
+from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
+from megatron_ross.config.model import RossModelConfig
+from megatron_ross.config.schema import RunConfig
+
+
+def validate_run(run: RunConfig, world_size: int) -> None:
+    """Rules that need no checkpoint.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _check_sizes(run)
+    _check_world(run, world_size)
+    _check_paths(run)
+    _check_schedule(run)
+
+
+def _check_sizes(run: RunConfig) -> None:
+    positive = {
+        "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": run.parallel.pipeline_model_parallel_size,
+        "micro_batch_size": run.data.micro_batch_size,
+        "global_batch_size": run.data.global_batch_size,
+        "seq_length": run.data.seq_length,
+        "num_noise_draws": run.loss.num_noise_draws,
+        "log_interval": run.training.log_interval,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+    for name, number in {"lr": run.optimizer.lr, "recon_loss_weight": run.loss.recon_loss_weight}.items():
+        if not number >= 0:
+            raise ConfigError(f"{name}={number}: must not be negative")
+
+
+def _check_world(run: RunConfig, world_size: int) -> None:
+    tp, pp = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"world size {world_size}: must be a multiple of tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp} = {tp * pp}; start {tp * pp} ranks (or a multiple), or change the sizes"
+        )
+    dp = world_size // (tp * pp)
+    mbs, gbs = run.data.micro_batch_size, run.data.global_batch_size
+    if gbs % (mbs * dp):
+        raise ConfigError(
+            f"global_batch_size={gbs}: must be a multiple of micro_batch_size {mbs} x data-parallel size {dp}; "
+            "change one of them"
+        )
+
+
+def _check_paths(run: RunConfig) -> None:
+    data = run.data
+    if not data.data_path:
+        raise ConfigError("data_path='': name the LLaVA-format JSON file to train on")
+    if not Path(data.data_path).is_file():
+        raise ConfigError(f"data_path={data.data_path!r}: no such file")
+    if data.image_folder and not Path(data.image_folder).is_dir():
+        raise ConfigError(
+            f"image_folder={data.image_folder!r}: no such folder; give the root of the image paths in data_path"
+        )
+    if not run.training.load and not run.training.init_from:
+        raise ConfigError(
+            "init_from='': name a checkpoint to start from (tools/convert_hf_to_megatron.py makes one), or load"
+        )
+
+
+def _check_schedule(run: RunConfig) -> None:
+    training, optimizer = run.training, run.optimizer
+    if training.train_iters is not None and training.train_iters < 1:
+        raise ConfigError(f"train_iters={training.train_iters}: must be at least 1; leave it out to train num_epochs")
+    if training.save_interval is not None and training.save_interval < 1:
+        raise ConfigError(
+            f"save_interval={training.save_interval}: must be at least 1; leave it out to save at the end only"
+        )
+    if training.save_interval is not None and not training.save:
+        raise ConfigError(f"save_interval={training.save_interval}: needs save, the run folder to write checkpoints to")
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
+
+
+def resolve_layout(
+    run: RunConfig, model: RossModelConfig, world_size: int, costs: LayoutCosts | None = None
+) -> StageLayout:
+    """The stage layout of a run, with every rule that needs the model's architecture checked.
+
+    `costs` are for `layout: auto`; `planner/auto.py` gives them. Without, decoder layers alone are spread evenly.
+
+    Raises:
+        ConfigError: the layout, the sizes and the model do not fit together.
+    """
+    parallel, language = run.parallel, model.language
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, value in {
+        "num_attention_heads": language.num_attention_heads,
+        "num_query_groups": language.num_query_groups,
+        "ffn_hidden_size": language.ffn_hidden_size,
+    }.items():
+        if value % tp:
+            raise ConfigError(
+                f"tensor_model_parallel_size={tp}: must divide the model's {name}={value}; "
+                f"use one of {_divisors(value)}"
+            )
+    text = parallel.layout
+    try:
+        if text == "auto":
+            text = auto_layout(
+                num_layers=language.num_layers,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                has_denoiser=model.denoiser is not None,
+                costs=costs,
+            )
+        layout = parse_layout(
+            text,
+            num_layers=language.num_layers,
+            pipeline_model_parallel_size=pp,
+            has_denoiser=model.denoiser is not None,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _check_interleaving(run, layout, world_size)
+    return layout
+
+
+def _check_interleaving(run: RunConfig, layout: StageLayout, world_size: int) -> None:
+    parallel = run.parallel
+    pp = parallel.pipeline_model_parallel_size
+    chunks = layout.virtual_pipeline_model_parallel_size
+    asked = parallel.virtual_pipeline_model_parallel_size
+    if asked is not None and asked != (chunks or 1):
+        raise ConfigError(
+            f"virtual_pipeline_model_parallel_size={asked}: layout {layout} has {len(layout.stages)} stages on {pp} "
+            f"pipeline ranks, that is {chunks or 1} chunk(s) each; change one of the two"
+        )
+    if chunks is None:
+        if parallel.overlap_p2p_comm and pp > 1:
+            raise ConfigError(
+                f"overlap_p2p_comm=true: Megatron overlaps only the interleaved schedule, and layout {layout} has one "
+                "chunk per rank; leave it out or give more stages"
+            )
+        return
+    if pp == 1:
+        raise ConfigError(f"layout {layout}: {chunks} chunks on one pipeline rank; interleaving needs at least 2 ranks")
+    if parallel.overlap_p2p_comm is False or parallel.batch_p2p_comm:
+        raise ConfigError(
+            f"overlap_p2p_comm={parallel.overlap_p2p_comm}, batch_p2p_comm={parallel.batch_p2p_comm}: the interleaved "
+            "schedule needs overlap_p2p_comm true and batch_p2p_comm false (with two pipeline ranks, batched messages "
+            "silently swap activations); leave both out"
+        )
+    dp = world_size // (parallel.tensor_model_parallel_size * pp)
+    num_microbatches = run.data.global_batch_size // (run.data.micro_batch_size * dp)
+    if num_microbatches % pp:
+        raise ConfigError(
+            f"global_batch_size={run.data.global_batch_size}: gives {num_microbatches} microbatches per step; the "
+            f"interleaved schedule needs a multiple of pipeline_model_parallel_size={pp}"
+        )
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(d) for d in range(1, min(value, 64) + 1) if value % d == 0)

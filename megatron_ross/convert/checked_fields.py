@@ -1,0 +1,104 @@
+"""Typed, bounded access to the fields of a foreign JSON config.
+
+A config decides how much memory gets allocated and which code runs, so every field is checked before use: type, range,
+and for choices the known values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_WIDTH = 131072
+MAX_LAYERS = 1024
+MAX_VOCABULARY = 4_000_000
+_MAX_JSON_BYTES = 64 << 20
+_REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing, absurdly large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a config")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return value
+
+
+class Fields:
+    """The fields of one config; `where` names it in messages. Every getter raises ValueError on a bad value."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self._error(name, value, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, name: str, low: float, high: float, default: Any = _REQUIRED) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self._error(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def boolean(self, name: str, default: Any = _REQUIRED) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self._error(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: Any = _REQUIRED) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str) or not value:
+            raise self._error(name, value, "a text")
+        return value
+
+    def choice(self, name: str, choices: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
+        value = self._get(name, default)
+        if value not in choices:
+            raise self._error(name, value, "one of " + ", ".join(map(repr, choices)))
+        return value
+
+    def numbers(self, name: str, length: int, low: float, high: float) -> tuple[float, ...]:
+        value = self._get(name, _REQUIRED)
+        if not isinstance(value, list | tuple) or len(value) != length:
+            raise self._error(name, value, f"{length} numbers")
+        items = Fields({str(index): item for index, item in enumerate(value)}, f"{self.where}, {name}")
+        return tuple(items.number(str(index), low, high) for index in range(length))
+
+    def table(self, name: str) -> Fields:
+        """A nested object."""
+        value = self._get(name, _REQUIRED)
+        if not isinstance(value, dict):
+            raise self._error(name, value, "an object")
+        return Fields(value, f"{self.where}, {name}")
+
+    def has(self, name: str) -> bool:
+        """True if the field is there and not null."""
+        return self.values.get(name) is not None
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if value is _REQUIRED:
+            raise ValueError(f"{self.where}: {name} is missing")
+        return value
+
+    def _error(self, name: str, value: Any, rule: str) -> ValueError:
+        shown = repr(value)
+        return ValueError(f"{self.where}: {name} is {shown[:80]}, it must be {rule}")

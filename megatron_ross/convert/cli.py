@@ -1,0 +1,135 @@
+"""Entry points of the two converters; `tools/` only parses their arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+
+from megatron_ross.checkpoint.reader import open_checkpoint
+from megatron_ross.convert.exporter import export_adapters, export_ross
+from megatron_ross.convert.importer import ImportPlan, plan_checkpoint, plan_components, write_checkpoint
+
+DtypeName = Literal["stored", "float32", "bfloat16", "float16"]
+ExportFormat = Literal["ross", "llava", "adapters"]
+
+
+def import_checkpoint(
+    output: Path,
+    llm: str | None = None,
+    vision_tower: str | None = None,
+    vae: str | None = None,
+    checkpoint: str | None = None,
+    projector_type: str = "mlp2x_gelu",
+    denoiser_type: str = "denoiser_vit3x",
+    denoiser_width: int | None = None,
+    mm_projector: Path | None = None,
+    mm_inv_projector: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Convert Hugging Face checkpoints into one Megatron checkpoint.
+
+    Give either `--checkpoint`, or `--llm` and `--vision-tower` (and `--vae`, unless plain LLaVA is wanted).
+
+    Args:
+        output: folder to create.
+        llm: language model, folder or hub id (Qwen2, Qwen2.5, Vicuna, Llama-2, Llama-3).
+        vision_tower: SigLIP, SigLIP2 or CLIP, folder or hub id. With `checkpoint`: only its config is read.
+        vae: FLUX-type AutoencoderKL, folder or hub id. With `checkpoint`: only its config is read.
+        checkpoint: whole model, folder or hub id: published Ross composite or stock LLaVA.
+        projector_type: identity, linear or mlpNx_gelu.
+        denoiser_type: denoiser_vitNx.
+        denoiser_width: default: of the adapter file, else 1024 (1280 at depth 8, 1536 at depth 12).
+        mm_projector: published mm_projector.bin; default: fresh.
+        mm_inv_projector: published mm_inv_projector.bin; default: fresh.
+        seed: of the fresh projector and denoiser.
+    """
+    plan: ImportPlan
+    if checkpoint is not None:
+        if llm is not None or mm_projector is not None or mm_inv_projector is not None:
+            raise ValueError("--checkpoint is a whole model: --llm, --mm-projector and --mm-inv-projector do not apply")
+        plan = plan_checkpoint(checkpoint, vision_tower, vae)
+    elif llm is not None and vision_tower is not None:
+        plan = plan_components(
+            llm,
+            vision_tower,
+            vae,
+            projector_type,
+            denoiser_type,
+            denoiser_width,
+            mm_projector,
+            mm_inv_projector,
+            seed,
+        )
+    else:
+        raise ValueError("give --checkpoint, or both --llm and --vision-tower")
+    write_checkpoint(plan, output)
+    print(f"wrote {output}: {len(plan.tensors)} tensors")
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    format: ExportFormat = "ross",
+    dtype: DtypeName = "stored",
+    templates: Callable[[str], str] | None = None,
+) -> None:
+    """Convert a Megatron checkpoint into a Hugging Face folder.
+
+    Args:
+        checkpoint: root of the checkpoint (newest iteration) or one iteration folder.
+        output: folder to create.
+        format: ross: the published composite; llava: stock transformers class; adapters: projector and denoiser files.
+        dtype: dtype of the written tensors; `stored` changes nothing.
+        templates: needed for llava, see `export_llava`.
+    """
+    reader = open_checkpoint(checkpoint)
+    target = None if dtype == "stored" else getattr(torch, dtype)
+    if format == "ross":
+        export_ross(reader, output, target)
+    elif format == "adapters":
+        export_adapters(reader, output, target)
+    else:
+        from megatron_ross.convert.llava_export import export_llava  # imports transformers, which takes seconds
+
+        if templates is None:
+            raise ValueError("the llava format needs chat templates: pass huggingface.chat_templates.chat_template")
+        export_llava(reader, output, templates, target)
+    print(f"wrote {output}")
+
+
+def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
+    """Parse `arguments` (both --vision-tower and --vision_tower are understood) and run the command.
+
+    Mistakes that the user can do something about end in one line on stderr and exit code 1.
+    """
+    with exit_with_message():
+        auto_cli(command, args=[_underscored(argument) for argument in arguments], as_positional=False)
+
+
+def _underscored(argument: str) -> str:
+    """Option names with underscores, as the parser has them; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+@contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Turn errors that the user can do something about into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)

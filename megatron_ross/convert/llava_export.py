@@ -1,0 +1,129 @@
+"""Export as stock `LlavaForConditionalGeneration`, with processor and chat template, for code that does not know Ross.
+
+The image token must be a real id here. If the vocabulary has no spare row, one is added: a copy of the padding token's,
+which is never looked up, and generation suppresses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_ross.checkpoint.reader import CheckpointReader
+from megatron_ross.convert.atomic import atomic_directory
+from megatron_ross.convert.checked_fields import read_json
+from megatron_ross.convert.exporter import MAX_SHARD_BYTES, TensorExport, check_complete, language_dtype, with_progress
+from megatron_ross.convert.hf_io import OutputTensor, write_safetensors
+from megatron_ross.convert.layouts import llava_mappings
+from megatron_ross.convert.llava_config import (
+    IMAGE_TOKEN,
+    generation_config,
+    image_processor_config,
+    llava_config,
+    processor_config,
+)
+from megatron_ross.convert.llava_tokenizer import add_image_token, write_tokenizer
+from megatron_ross.convert.model_card import model_card
+from megatron_ross.convert.sources import SOURCE_CONFIG, write_json
+from megatron_ross.data.tokenizer import TextTokenizer
+
+_VOCABULARY_NAMES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LLAMA3_END = "<|eot_id|>"
+
+
+def export_llava(
+    reader: CheckpointReader,
+    output: Path,
+    templates: Callable[[str], str],
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers, vLLM and SGLang load as LLaVA.
+
+    Args:
+        reader: the checkpoint.
+        output: folder to create.
+        templates: name of a training template -> Jinja text (`huggingface.chat_templates.chat_template`).
+        dtype: dtype to cast to; None keeps what is stored.
+        max_shard_bytes: largest safetensors file.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, its projector is not two layers, or `output` exists.
+        OSError: writing failed.
+    """
+    check_complete(reader)
+    manifest = reader.manifest
+    export = TensorExport(reader, llava_mappings(manifest.model), dtype)
+    tokenizer = AutoTokenizer.from_pretrained(reader.assets, local_files_only=True, trust_remote_code=False)
+    training_ids = TextTokenizer(tokenizer)
+    image_token_id = add_image_token(tokenizer)
+    tokenizer.padding_side = "left"  # for batched generation; training pads on its own
+    tokenizer.chat_template = templates(_template_name(reader, tokenizer))
+    extra_rows = max(0, image_token_id + 1 - manifest.model.language.vocab_size)
+    token_ids = _token_ids(reader, tokenizer)
+    tensors = [_extended(tensor, extra_rows) for tensor in export.tensors()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    with atomic_directory(output, total) as directory:
+        write_json(
+            directory / "config.json", llava_config(manifest, token_ids, image_token_id, language_dtype(reader, dtype))
+        )
+        write_tokenizer(directory, tokenizer, training_ids)
+        write_json(directory / "generation_config.json", generation_config(token_ids, image_token_id))
+        write_json(directory / "preprocessor_config.json", image_processor_config(manifest.model))
+        write_json(directory / "processor_config.json", processor_config(manifest.model))
+        (directory / "README.md").write_text(model_card(reader, "llava", _notes(image_token_id, extra_rows)), "utf-8")
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing safetensors") as bar:
+            data = _extended_data(export.data(), extra_rows, token_ids["pad_token_id"])
+            write_safetensors(directory, tensors, with_progress(data, bar), max_shard_bytes)
+
+
+def _token_ids(reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Special ids: of the source's generation config, else its config, else of the tokenizer."""
+    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+    for name in (SOURCE_CONFIG, "generation_config.json"):
+        if (reader.assets / name).is_file():
+            values = read_json(reader.assets / name)
+            ids |= {key: values[key] for key in _TOKEN_IDS if values.get(key) is not None}
+    if ids["pad_token_id"] is None:
+        end = ids["eos_token_id"]
+        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
+    return ids
+
+
+def _template_name(reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Template that the trainer recorded, else the one its family is trained with."""
+    recorded = reader.manifest.training.get("settings", {}).get("template")
+    if isinstance(recorded, str):
+        return recorded
+    if reader.manifest.model.language.family == "qwen2":
+        return "qwen_2"
+    return "llama3" if _LLAMA3_END in tokenizer.get_vocab() else "v1"
+
+
+def _extended(tensor: OutputTensor, rows: int) -> OutputTensor:
+    if tensor.name not in _VOCABULARY_NAMES:
+        return tensor
+    return replace(tensor, shape=(tensor.shape[0] + rows, *tensor.shape[1:]))
+
+
+def _extended_data(data: Iterator[tuple[str, Tensor]], rows: int, copied_row: int) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in data:
+        if rows and name in _VOCABULARY_NAMES:
+            tensor = torch.cat([tensor, tensor[copied_row].expand(rows, -1)])
+        yield name, tensor
+
+
+def _notes(image_token_id: int, extra_rows: int) -> tuple[str, ...]:
+    added = f", in {extra_rows} added row(s) of the vocabulary" if extra_rows else ""
+    return (
+        f"`{IMAGE_TOKEN}` has id {image_token_id}{added}; generation suppresses it.",
+        "SGLang 0.5.23 refuses the `default` feature selection that CLIP towers need; SigLIP exports load there.",
+    )

@@ -1,0 +1,131 @@
+"""Image files -> the vision tower's pixels, as published, with Pillow.
+
+Everything becomes RGB first. `pad` pastes the image into a square of its longer side in the mean colour. Then SigLIP's
+processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre. Resizing is bicubic on
+uint8; pixels are then (value / 255 - mean) / std.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_ross.config.model import VisionConfig
+from megatron_ross.data.errors import ImageError
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused (Pillow's own limit for a decompression bomb)."""
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode the bytes of an image file to RGB. Orientation tags are ignored, as published.
+
+    Args:
+        name: file name for messages.
+
+    Raises:
+        ImageError: not an image, truncated, or larger than MAX_PIXELS.
+    """
+    if not data:
+        raise ImageError(f"image {name!r} is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+        _check_size(*image.size)
+        return image.convert("RGB")
+    except ImageError as error:
+        raise ImageError(f"image {name!r} {error}") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise ImageError(f"image {name!r} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"needs {width}x{height} pixels, more than {MAX_PIXELS}; refused")
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Callable from a PIL image to pixels.
+
+    `mode` is "pad" or "square" (published name `image_aspect_ratio`); `resize` is "stretch" (SigLIP) or "crop" (CLIP).
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    mode: str = "pad"
+    resize: str = "stretch"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pad", "square"):
+            raise ValueError(f"image_aspect_ratio {self.mode!r} is unknown; use 'pad' or 'square'")
+        if self.resize not in ("stretch", "crop"):
+            raise ValueError(f"resize {self.resize!r} is unknown; use 'stretch' or 'crop'")
+
+    @classmethod
+    def from_config(cls, vision: VisionConfig) -> ImageProcessor:
+        """The processor that belongs to a vision tower."""
+        resize = "crop" if vision.model_type.startswith("clip") else "stretch"
+        return cls(vision.image_mean, vision.image_std, vision.image_size, vision.image_aspect_ratio, resize)
+
+    @property
+    def pad_colour(self) -> tuple[int, int, int]:
+        """int(255 * mean) per channel."""
+        r, g, b = (int(255 * m) for m in self.mean)
+        return r, g, b
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """float32 [3, P, P], normalised."""
+        return self.normalise(self.to_uint8(image))
+
+    def to_uint8(self, image: Image.Image) -> np.ndarray:
+        """uint8 [P, P, 3], resized but not normalised.
+
+        Raises:
+            ImageError: the aspect ratio is so extreme that an intermediate image would pass MAX_PIXELS.
+        """
+        image = image.convert("RGB")
+        if self.mode == "pad":
+            image = pad_to_square(image, self.pad_colour)
+        size = self.image_size
+        if self.resize == "stretch":
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        else:
+            image = _scale_and_crop(image, size)
+        return np.asarray(image)
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [P, P, 3] -> float32 [3, P, P]."""
+        values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
+        values /= 255  # numpy, not torch: this runs in many threads, each of which would start its own OpenMP team
+        values -= mean
+        values /= std
+        return torch.from_numpy(values)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Paste into the middle of a square of the longer side; the offset is rounded down."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    _check_size(side, side)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _scale_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to `size` (the longer one rounded down), then the central square."""
+    shorter = min(image.size)
+    width, height = (size if side == shorter else int(size * side / shorter) for side in image.size)
+    _check_size(width, height)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,106 @@
+"""Exact token lengths of all samples, which packing needs before it reads any: computed once, cached, memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_ross.data.errors import SampleError
+from megatron_ross.data.index import default_cache_folder, locked, write_atomically
+
+STUB_LENGTH = 1
+"""A sample whose record is broken is replaced by one token (quarantine.stub_sample)."""
+
+_SPAWN_ABOVE = 20_000  # samples; starting processes takes seconds
+_CHUNK = 500
+
+
+class Measurable(Protocol):
+    """A data set that knows the token lengths of its samples."""
+
+    def __len__(self) -> int: ...
+
+    def token_length(self, index: int) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def token_lengths(
+    dataset: Measurable, *, cache_folder: Path | None = None, num_workers: int = 2, show_progress: bool = False
+) -> np.ndarray:
+    """int32 [num_samples]: tokens of every sample, images expanded and cut to max_length.
+
+    One process of a node measures, the others wait for the file and map it.
+    """
+    folder = (cache_folder or default_cache_folder()) / "lengths"
+    path = folder / f"{hashlib.blake2b(dataset.fingerprint.encode(), digest_size=12).hexdigest()}.npy"
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            write_atomically(path, measure(dataset, num_workers, show_progress))
+    return np.load(path, mmap_mode="r")
+
+
+def measure(dataset: Measurable, num_workers: int, show_progress: bool) -> np.ndarray:
+    """Like `token_lengths`, without the cache."""
+    results = map_samples(dataset, _lengths_of, range(len(dataset)), num_workers, show_progress, "measuring samples")
+    return np.array([length for part in results for length in part], dtype=np.int32)
+
+
+def _lengths_of(dataset: Any, indices: range) -> list[int]:
+    return [_length_of(dataset, i) for i in indices]
+
+
+def _length_of(dataset: Measurable, index: int) -> int:
+    try:
+        return dataset.token_length(index)
+    except SampleError:
+        return STUB_LENGTH
+
+
+def map_samples(
+    dataset: Any,
+    function: Callable[[Any, range], Any],
+    indices: range,
+    num_workers: int,
+    show_progress: bool,
+    title: str,
+) -> list[Any]:
+    """`function(dataset, piece)` over the pieces of `indices`, in order; in worker processes if there are many samples.
+
+    The workers are spawned, not forked: the calling process may have threads and a GPU.
+    """
+    pieces = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+    bar = tqdm(total=len(indices), desc=title, unit="sample", disable=not show_progress)
+    results = []
+    with bar:
+        if num_workers < 2 or len(indices) < _SPAWN_ABOVE:
+            for piece in pieces:
+                results.append(function(dataset, piece))
+                bar.update(len(piece))
+            return results
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_workers, context, _set_dataset, (dataset, function)) as pool:
+            for piece, result in zip(pieces, pool.map(_run_piece, pieces, chunksize=4), strict=True):
+                results.append(result)
+                bar.update(len(piece))
+    return results
+
+
+_worker: list[Any] = []  # of a worker process: its data set and function, sent once instead of with every piece
+
+
+def _set_dataset(dataset: Any, function: Callable[[Any, range], Any]) -> None:
+    _worker[:] = [dataset, function]
+
+
+def _run_piece(indices: Sequence[int]) -> Any:
+    dataset, function = _worker
+    return function(dataset, indices)

@@ -1,0 +1,149 @@
+"""Samples that cannot be used: skipped in place, counted, written down, and a reason to stop when there are too many.
+
+A broken sample keeps its place in the order and in the batch, so shapes and positions do not depend on who noticed.
+Only the rank that decodes an image learns that it is broken, so all ranks agree on one flag per sample of the global
+batch before the step is handed out; a flagged sample then has no supervised token and no reconstructed image anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ross.config.model import IGNORE_LABEL
+from megatron_ross.data.batch import RossMicrobatch, RossSample
+
+
+class SampleStatus(IntEnum):
+    """What became of a sample; the larger value wins when ranks see different things."""
+
+    GOOD = 0
+    IMAGES_CUT = 1  # `max_length` left no room for one of its images
+    MISMATCH = 2  # tokenisation mismatch: masked, as published
+    BAD = 3  # record or image broken: skipped
+
+
+@dataclass(frozen=True)
+class BadSamplePolicy:
+    """How to treat broken samples.
+
+    Attributes:
+        agree: reduces an int32 tensor (one status per sample of the global batch) to its maximum over ALL ranks of the
+            run. It is called once per step on every rank, from the thread that calls `next_step`.
+        max_bad_share, max_mismatch_share: the run stops above these shares of the samples consumed so far.
+        min_samples: until so many samples are consumed, shares are taken of this number.
+        quarantine_path: JSONL file to append this rank's findings to; None writes nothing.
+    """
+
+    agree: Callable[[Tensor], Tensor] = lambda flags: flags
+    max_bad_share: float = 0.01
+    max_mismatch_share: float = 0.01
+    min_samples: int = 1000
+    quarantine_path: Path | None = None
+
+
+class TooManyBadSamplesError(ValueError):
+    """More samples than allowed are broken. Raised in the same step on every rank."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What this rank found out about one sample."""
+
+    status: SampleStatus
+    reason: str
+
+
+def stub_sample(sample_id: int) -> RossSample:
+    """Stands in for a sample whose record cannot be used: one token, nothing supervised, no image."""
+    return RossSample(sample_id, torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE_LABEL))
+
+
+def finding_of(sample: RossSample) -> Finding | None:
+    """What is wrong with a sample that could be tokenised, if anything."""
+    if sample.mismatch:
+        return Finding(SampleStatus.MISMATCH, "tokenization mismatch: all labels are masked")
+    if sample.num_images_cut:
+        return Finding(SampleStatus.IMAGES_CUT, f"max_length left no room for {sample.num_images_cut} of its images")
+    return None
+
+
+class Quarantine:
+    """Counts the samples of a run by status, writes findings down, stops the run above the allowed share."""
+
+    def __init__(self, policy: BadSamplePolicy):
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self._examples: list[str] = []
+
+    def settle(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> list[int]:
+        """Agree with all ranks on one global batch.
+
+        Args:
+            keys: int64 [m, 2], (epoch, sample id) of every sample of the global batch.
+            findings: this rank's, by position in `keys`.
+
+        Returns:
+            Positions of the samples to skip, the same on every rank.
+        """
+        flags = torch.zeros(len(keys), dtype=torch.int32)
+        for position, finding in findings.items():
+            flags[position] = int(finding.status)
+        self._write(keys, findings)
+        statuses = self.policy.agree(flags).tolist()
+        self.counts.update(SampleStatus(s).name.lower() for s in statuses if s != SampleStatus.GOOD)
+        for position, status in enumerate(statuses):
+            if status >= SampleStatus.MISMATCH and len(self._examples) < 5:
+                known = findings[position].reason if position in findings else "found by another rank"
+                self._examples.append(f"sample {keys[position, 1]}: {known}")
+        return [position for position, status in enumerate(statuses) if status == SampleStatus.BAD]
+
+    def check(self, consumed_samples: int) -> None:
+        """
+        Raises:
+            TooManyBadSamplesError: a share passed its limit; the message gives examples.
+        """
+        total = max(consumed_samples, self.policy.min_samples)
+        limits = {"bad": self.policy.max_bad_share, "mismatch": self.policy.max_mismatch_share}
+        for name, limit in limits.items():
+            if self.counts[name] > limit * total:
+                raise TooManyBadSamplesError(
+                    f"{self.counts[name]} of {consumed_samples} samples are {name}, more than the allowed share "
+                    f"(max_{name}_share {limit}); check the data with tools/prepare_data.py. "
+                    f"Examples: {'; '.join(self._examples)}"
+                )
+
+    def _write(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> None:
+        if self.policy.quarantine_path is None or not findings:
+            return
+        lines = []
+        for position, finding in sorted(findings.items()):
+            epoch, sample_id = (int(x) for x in keys[position])
+            entry: dict[str, Any] = {"epoch": epoch, "sample_id": sample_id, "status": finding.status.name.lower()}
+            lines.append(json.dumps(entry | {"reason": finding.reason}, ensure_ascii=False) + "\n")
+        with self.policy.quarantine_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(lines))  # one write: lines of several ranks do not mix
+
+
+def skip_samples(batch: RossMicrobatch, segments: list[tuple[int, int, int]]) -> None:
+    """Take samples out of a microbatch, in place, without changing any shape.
+
+    Args:
+        segments: (row, first token, one past the last token) of each sample to skip.
+    """
+    row_length = batch.tokens.shape[1]
+    for row, begin, end in segments:
+        batch.labels[row, begin:end] = IGNORE_LABEL
+        first = row * row_length + begin
+        inside = (batch.recon_start >= first) & (batch.recon_start < row * row_length + end)
+        batch.recon_weight[inside] = 0.0
+    batch.num_supervised_tokens = int((batch.labels >= 0).sum())

@@ -1,0 +1,159 @@
+"""Conversations about images with a loaded model: one question, or a chat in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from megatron_ross.data.images import decode_image
+from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
+
+CHAT_HELP = "/image FILE shows a picture with the next question, /reset starts over, /quit ends"
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are chosen: greedily at temperature 0, else by sampling."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max-new-tokens is {self.max_new_tokens}, it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p is {self.top_p}, it must be above 0 and at most 1")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`; they override the checkpoint's generation config."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return options | (sampling if self.temperature > 0 else dict.fromkeys(sampling))
+
+
+@dataclass
+class ChatSession:
+    """One conversation: what was said and shown so far."""
+
+    model: Any
+    processor: RossProcessor
+    decoding: Decoding = field(default_factory=Decoding)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+
+    def ask(self, question: str, images: list[Image.Image] | None = None, streamer: Any = None) -> str:
+        """Ask, show `images` with the question, and remember both the question and the answer.
+
+        Args:
+            streamer: transformers streamer that gets the tokens as they come.
+
+        Returns:
+            The answer without special tokens.
+        """
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in images or []]
+        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        shown = [*self.images, *(images or [])]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = self.processor(text=text, images=shown).to(self.model.device)
+        output = self.model.generate(**inputs, streamer=streamer, **self.decoding.options())
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.images = shown
+        return answer
+
+    def reset(self) -> None:
+        """Forget the conversation and its images."""
+        self.messages, self.images = [], []
+
+
+def chat_loop(
+    session: ChatSession,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    streamer: Any = None,
+    images: list[Image.Image] | None = None,
+) -> None:
+    """Answer questions until the input ends or asks to quit. Mistakes in commands are told, not raised.
+
+    Args:
+        read: next line; raises EOFError at the end of the input.
+        write: shows a line. Answers go to `streamer` if there is one, else here.
+        images: shown with the first question.
+    """
+    pending = list(images or [])
+    write(CHAT_HELP)
+    while True:
+        try:
+            line = read().strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            session.reset()
+            pending = []
+        elif command == "/image":
+            try:
+                pending.append(open_image(argument.strip()))
+            except (ValueError, OSError) as error:
+                write(f"error: {error}")
+        elif command.startswith("/"):
+            write(f"unknown command {command}; {CHAT_HELP}")
+        elif line:
+            answer = session.ask(line, pending, streamer)
+            pending = []
+            if streamer is None:
+                write(answer)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        ValueError: it is not an image.
+        OSError: it cannot be read.
+    """
+    return decode_image(Path(path).read_bytes(), str(path))
+
+
+def load_for_inference(
+    checkpoint: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    template: str | None = None,
+    vision_tower: str | None = None,
+    vae: str | None = None,
+) -> tuple[Any, RossProcessor]:
+    """Model (in evaluation mode) and processor of a composite checkpoint.
+
+    Args:
+        checkpoint: folder or hub id.
+        device: default: the GPU if there is one.
+        dtype: "bf16", "fp16", "fp32", or "auto": the checkpoint's on a GPU, float32 on a CPU.
+        template: chat template; see `RossProcessor.from_pretrained`.
+        vision_tower, vae: see `read_model_config`.
+
+    Raises:
+        ValueError: unknown dtype, or the checkpoint cannot be loaded.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stored = "auto" if torch.device(device).type == "cuda" else torch.float32
+    model = RossForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=_DTYPES.get(dtype, stored), vision_tower=vision_tower, vae=vae
+    )
+    processor = RossProcessor.from_pretrained(checkpoint, template=template, vision_tower=vision_tower, vae=vae)
+    return model.eval().to(device), processor

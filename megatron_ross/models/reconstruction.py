@@ -1,0 +1,127 @@
+"""Letter D: the reconstruction loss. LLM outputs at the image tokens condition a denoiser of the image's VAE latents.
+
+Each tensor-parallel rank handles its share of the images with a whole denoiser and VAE; the returned sum is that
+share's part, and the ranks' parts add up to the microbatch's loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_ross import ops
+from megatron_ross.config.model import RossModelConfig
+from megatron_ross.data.batch import NoiseDraws, RossMicrobatch, image_token_positions
+from megatron_ross.data.collate import image_share
+from megatron_ross.losses import recon_loss_sum
+from megatron_ross.models.denoiser import RossDenoiser
+from megatron_ross.models.diffusion import cosine_tables
+from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.parallel.groups import ParallelGroups
+from megatron_ross.parallel.shares import connect
+from megatron_ross.platform import current_device
+
+
+class ReconstructionHead(nn.Module):
+    """Denoiser and VAE target.
+
+    Args:
+        model, config, groups: architecture, Megatron's configuration, process groups.
+        seed: run seed of the noise; with a sample's key it determines every draw.
+        num_draws: K (timestep, noise) draws per image.
+        compute_dtype: `fp32` (published), `tf32` or `bf16` arithmetic in the denoiser.
+    """
+
+    def __init__(
+        self,
+        model: RossModelConfig,
+        config: TransformerConfig,
+        groups: ParallelGroups,
+        *,
+        seed: int,
+        num_draws: int,
+        compute_dtype: str = "fp32",
+    ) -> None:
+        super().__init__()
+        assert model.denoiser is not None
+        assert model.vae is not None
+        self.model = model
+        self.groups = groups
+        self.seed = seed
+        self.num_draws = num_draws
+        self.allow_tf32 = compute_dtype == "tf32"
+        device = current_device()
+        self.denoiser = RossDenoiser(
+            model.denoiser,
+            in_channels=4 * model.vae.latent_channels,
+            hidden_size=model.language.hidden_size,
+            grid_size=model.vision.grid_size,
+            compute_dtype=torch.bfloat16 if compute_dtype == "bf16" else torch.float32,
+        ).to(device=device, dtype=config.params_dtype)
+        self.latent_encoder = LatentEncoder(model.vae, model.vision).to(device=device)
+        tables = cosine_tables().to(device)
+        self.schedule = ops.NoiseSchedule(
+            tables.sqrt_alphas_cumprod.float(), tables.sqrt_one_minus_alphas_cumprod.float()
+        )
+
+    def forward(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
+        """Sum over this rank's images of their mean squared noise error; fp32 scalar.
+
+        Args:
+            hidden: hidden states after the final norm [s, b, h], from `to_heads`.
+        """
+        mine = image_share(batch.num_images, self.groups.tp.rank(), self.groups.tp.size())
+        wanted = (batch.recon_weight[mine.start : mine.stop] > 0).nonzero().squeeze(1)
+        if wanted.numel() == 0:
+            return connect(self.denoiser) + 0.0 * hidden.flatten()[0].float()
+        share = mine.start + wanted
+        condition = self._condition(hidden, batch, share)
+        assert batch.pixels is not None
+        noise = self._noise(batch, share)
+        x_t, t = self._noised(*self.latent_encoder.posterior(batch.pixels[wanted]), noise)
+        squared_error, count = ops.score(self._denoise(x_t, t, condition), noise)
+        return recon_loss_sum(squared_error, count, batch.recon_weight[share])
+
+    def _noised(self, mean: Tensor, logvar: Tensor, noise: ops.Noise) -> tuple[Tensor, Tensor]:
+        """Posterior moments -> noised latents [K, n_share, N, C4] and timesteps [K, n_share]."""
+        vae = self.latent_encoder.config
+        return ops.noise_latents(
+            mean,
+            logvar,
+            noise,
+            self.schedule,
+            shift=vae.shift_factor,
+            scaling=vae.scaling_factor,
+            dtype=self.denoiser.compute_dtype,
+        )
+
+    def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        if not self.allow_tf32:
+            return self.denoiser(x_t, t, condition, token_major=True)
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return self.denoiser(x_t, t, condition, token_major=True)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def _condition(self, hidden: Tensor, batch: RossMicrobatch, share: Tensor) -> Tensor:
+        """Hidden states at the tokens of the images `share`, [n_share, N, h]; zeros for dummy images."""
+        rows = hidden.transpose(0, 1).flatten(0, 1)
+        positions, exists = image_token_positions(batch, self.model.vision.num_image_tokens)
+        positions, exists = positions[share], exists[share]
+        return rows[positions.clamp(0, rows.shape[0] - 1)] * exists[..., None]
+
+    def _noise(self, batch: RossMicrobatch, share: Tensor) -> ops.Noise:
+        if batch.draws is not None:
+            given = batch.draws
+            return ops.explicit_noise(NoiseDraws(given.t[:, share], given.eps[:, share], given.posterior[share]))
+        return ops.image_noise(
+            self.seed,
+            batch.noise_keys[share],
+            num_draws=self.num_draws,
+            num_timesteps=self.schedule.signal.numel(),
+            latent_channels=self.latent_encoder.config.latent_channels,
+            grid_size=self.model.vision.grid_size,
+        )

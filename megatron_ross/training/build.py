@@ -1,0 +1,156 @@
+"""From a model and a run configuration to Megatron model chunks, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ross.compat import transformer_engine_available
+from megatron_ross.config.layout import StageLayout
+from megatron_ross.config.model import RossModelConfig
+from megatron_ross.config.schema import ComputeConfig, OptimizerSettings, RunConfig, TrainabilityConfig
+from megatron_ross.models.language import transformer_config
+from megatron_ross.models.ross_stage import RossStage
+from megatron_ross.parallel.groups import ParallelGroups
+
+
+def build_stages(
+    model: RossModelConfig, run: RunConfig, layout: StageLayout, groups: ParallelGroups
+) -> list[RossStage]:
+    """This rank's stages, one per virtual chunk, with the run's trainability. Weights are not loaded yet."""
+    config = transformer_config(model.language, run.parallel, run.compute, layout)
+    chunks = layout.chunks_of_rank(groups.pp.rank())
+    stages = [
+        RossStage(
+            model,
+            spec,
+            config,
+            groups,
+            transformer_engine=uses_transformer_engine(run.compute),
+            is_last=spec.index == len(layout.stages) - 1,
+            vp_stage=chunk if len(chunks) > 1 else None,
+            seed=run.loss.seed,
+            num_noise_draws=run.loss.num_noise_draws,
+            denoiser_dtype=run.compute.denoiser_dtype,
+        )
+        for chunk, spec in enumerate(chunks)
+    ]
+    for stage in stages:
+        set_trainability(stage, run.trainability)
+    return stages
+
+
+def uses_transformer_engine(compute: ComputeConfig) -> bool:
+    if compute.transformer_impl == "auto":
+        return torch.cuda.is_available() and transformer_engine_available()
+    return compute.transformer_impl == "transformer_engine"
+
+
+def set_trainability(stage: RossStage, trainability: TrainabilityConfig) -> None:
+    """Freeze and unfreeze parameters; the VAE is always frozen."""
+    stage.requires_grad_(not trainability.freeze_language_model)
+    if stage.spec.has("V"):
+        stage.vision.projector.requires_grad_(not trainability.freeze_mm_mlp_adapter)
+        stage.vision.vision_tower.set_trainable(trainability.unfreeze_mm_vision_tower)
+    if stage.spec.has("D"):
+        stage.reconstruction.latent_encoder.requires_grad_(False)
+        denoiser = stage.reconstruction.denoiser
+        trains = not trainability.freeze_mm_inv_projector
+        denoiser.requires_grad_(trains)
+        table = trainability.train_denoiser_position_table
+        denoiser.pos_embed.requires_grad_(trains and (trainability.freeze_language_model if table is None else table))
+
+
+def wrap_ddp(stages: list[RossStage], run: RunConfig) -> list[DistributedDataParallel]:
+    """Megatron's data-parallel wrapper; gradients are summed in fp32."""
+    parallel = run.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        average_in_collective=False,
+    )
+    chunks = [
+        DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=index > 0)
+        for index, stage in enumerate(stages)
+    ]
+    config = stages[0].config
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
+    if parallel.overlap_param_gather:
+        config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
+    return chunks
+
+
+def _one_or_list(functions: list):
+    return functions[0] if len(functions) == 1 else functions
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
+    """AdamW with Megatron's distributed optimizer where asked; per-module learning rates as parameter groups."""
+    settings = run.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        # Megatron clips at any positive value: infinity measures the norm and never scales.
+        clip_grad=settings.clip_grad if settings.clip_grad > 0 else math.inf,
+        bf16=run.compute.bf16,
+        params_dtype=torch.bfloat16 if run.compute.bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(
+        config, chunks, config_overrides=_group_overrides(settings), use_gloo_process_groups=torch.cuda.is_available()
+    )
+    config_of_schedule = chunks[0].module.config
+    config_of_schedule.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def _group_overrides(settings: OptimizerSettings) -> dict[ParamKey, dict[str, float]]:
+    """No weight decay on biases and norms; own learning rates for projector, denoiser and tower."""
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
+
+    one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1)
+    overrides = {ParamKey(predicate=one_dimensional): {"wd_mult": 0.0}} if settings.weight_decay else {}
+    modules = {
+        "*vision.projector.*": settings.mm_projector_lr,
+        "*reconstruction.denoiser.*": settings.mm_inv_projector_lr,
+        "*vision.vision_tower.*": settings.mm_vision_tower_lr,
+    }
+    for pattern, lr in modules.items():
+        if lr is not None:
+            overrides[ParamKey(name=pattern)] = {"max_lr": lr, "min_lr": settings.min_lr * lr / settings.lr}
+    return overrides
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, train_iters: int
+) -> OptimizerParamScheduler:
+    """Learning rate per step: linear warm-up from 0 (the first step changes nothing), then decay to `min_lr`."""
+    warmup = settings.lr_warmup_iters
+    if warmup is None:
+        warmup = math.ceil((settings.lr_warmup_fraction or 0.0) * train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(warmup, train_iters - 1),
+        lr_decay_steps=train_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,103 @@
+"""The training data of one rank: data set, order, packing and image decoder as the run's settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ross.config.model import VisionConfig
+from megatron_ross.config.schema import DataConfig, RunConfig
+from megatron_ross.data.dataset import RossDataset
+from megatron_ross.data.decoders import PixelDecoder
+from megatron_ross.data.images import ImageProcessor
+from megatron_ross.data.lengths import token_lengths
+from megatron_ross.data.loader import RossLoader
+from megatron_ross.data.order import GroupedOrder, SampleOrder
+from megatron_ross.data.packing import PackedOrder
+from megatron_ross.data.quarantine import BadSamplePolicy
+from megatron_ross.data.tokenizer import load_tokenizer
+from megatron_ross.parallel.groups import ParallelGroups
+from megatron_ross.platform import current_device
+
+
+def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> RossDataset:
+    """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower."""
+    return RossDataset(
+        run.data.data_path,
+        run.data.image_folder or None,
+        load_tokenizer(assets),
+        run.data.template,
+        ImageProcessor.from_config(vision),
+        vision.num_image_tokens,
+        run.data.seq_length,
+        reference=run.loss.loss_mode == "reference",
+    )
+
+
+def build_order(run: RunConfig, dataset: RossDataset) -> SampleOrder:
+    """The global order of sequences; the same on every rank and for every data-parallel size."""
+    data, seed = run.data, run.loss.seed
+    if data.group_by_modality_length:
+        num_microbatches = data.global_batch_size // data.micro_batch_size
+        order: SampleOrder = GroupedOrder(
+            dataset.modality_lengths, seed, batch_size=data.micro_batch_size, world_size=num_microbatches
+        )
+    else:
+        order = SampleOrder(len(dataset), seed)
+    if data.packing:
+        return PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
+    return order
+
+
+def build_loader(
+    run: RunConfig, dataset: RossDataset, order: SampleOrder, groups: ParallelGroups, *, needs_pixels: bool
+) -> RossLoader:
+    """This rank's loader. Metadata is the same on all ranks of a replica; pixels only where a stage needs them."""
+    data, tp_size = run.data, groups.tp.size()
+    return RossLoader(
+        dataset,
+        order,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=tp_size,
+        seq_multiple=tp_size if run.parallel.sequence_parallel else 1,
+        pack_length=data.seq_length if data.packing else None,
+        want_pixels=needs_pixels,
+        reference_dummy_images=run.loss.loss_mode == "reference",
+        prefetch=data.num_prefetch_steps,
+        num_workers=data.num_workers,
+        decoder=_decoder(data, dataset.image_processor) if needs_pixels else None,
+        bad_samples=_bad_sample_policy(run),
+    )
+
+
+def _decoder(data: DataConfig, processor: ImageProcessor) -> PixelDecoder | None:
+    """None is the loader's own: Pillow."""
+    if data.image_decoder == "pillow":
+        return None
+    from megatron_ross.data.dali_images import DaliDecoder
+
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return DaliDecoder(processor, num_threads=data.num_workers, device_id=device)
+
+
+def _bad_sample_policy(run: RunConfig) -> BadSamplePolicy:
+    folder = Path(run.training.save) if run.training.save else None
+    return BadSamplePolicy(
+        agree=_maximum_over_ranks,
+        max_bad_share=run.data.max_bad_sample_share,
+        max_mismatch_share=run.data.max_mismatch_share,
+        quarantine_path=folder / f"quarantine_rank{dist.get_rank()}.jsonl" if folder else None,
+    )
+
+
+def _maximum_over_ranks(flags: Tensor) -> Tensor:
+    flags = flags.to(current_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags.cpu()

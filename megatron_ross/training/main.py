@@ -1,0 +1,99 @@
+"""The life of one rank: configuration, process group, training, exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ross.config.cli import ConfigError, parse_run_config
+from megatron_ross.platform import quieten
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+_SAY_IT_ONCE_S = 3.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run to the end; returns the process's exit code. A user's mistake is one line on the first rank."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        _train(argv, world_size)
+    except KeyboardInterrupt:
+        return _leave(EXIT_INTERRUPTED, rank, "interrupted; the last complete checkpoint is intact")
+    except (ConfigError, ValueError, OSError) as error:
+        return _leave(EXIT_ERROR, rank, f"error: {error}")
+    except RuntimeError as error:
+        if _lost_peer(error):
+            return _leave(EXIT_ERROR, rank, "stopped: another rank ended or cannot be reached")
+        if not _is_expected(error):
+            raise
+        return _leave(EXIT_ERROR, rank, f"error: {error}")
+    dist.destroy_process_group()
+    return 0
+
+
+def _train(argv: Sequence[str], world_size: int) -> None:
+    quieten()
+    run = parse_run_config(argv, description="Train Ross or LLaVA on Megatron Core.")
+    # Imports and checks in this order: mistakes are found before anything slow or distributed starts.
+    from megatron_ross.config.validate import validate_run
+    from megatron_ross.planner.auto import resolve_layout
+
+    validate_run(run, world_size)
+    from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+    from megatron_ross.training.start import start_path
+
+    manifest = Manifest.read(resolve_checkpoint(start_path(run)))
+    layout = resolve_layout(run, manifest.model, world_size)
+    start_process_group(run.parallel.distributed_timeout_minutes)
+    from megatron_ross.parallel.groups import initialize_groups
+    from megatron_ross.training.trainer import Trainer
+
+    groups = initialize_groups(
+        run.parallel,
+        layout,
+        tie_embeddings=manifest.model.language.share_embeddings_and_output_weights,
+        seed=run.loss.seed,
+    )
+    Trainer(run, manifest, layout, groups).train()
+
+
+def start_process_group(timeout_minutes: float) -> None:
+    from megatron_ross.platform import distributed_backend, ensure_platform
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    ensure_platform()
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    dist.init_process_group(distributed_backend(), timeout=timedelta(minutes=timeout_minutes))
+
+
+def _is_expected(error: RuntimeError) -> bool:
+    """Errors that already say what to do need no traceback."""
+    from megatron_ross.checkpoint.sharded import CheckpointError
+    from megatron_ross.training.trainer import TrainingError
+
+    return isinstance(error, CheckpointError | TrainingError)
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """A collective failed because of another rank, which says itself what happened."""
+    text = str(error)
+    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+
+
+def _leave(code: int, rank: int, message: str) -> int:
+    """Say it once, and leave without waiting for the other ranks: torchrun ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if rank:
+        time.sleep(_SAY_IT_ONCE_S)  # all ranks see most mistakes; torchrun ends this one as soon as the first has left
+    print(message if rank == 0 else f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    os._exit(code)

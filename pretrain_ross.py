@@ -1,0 +1,11 @@
+"""Train Ross or LLaVA: torchrun --nproc-per-node N pretrain_ross.py --config FILE [--any-setting VALUE]"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":
+    # Imported here, because checkpoint writers start helper processes that read this file again.
+    from megatron_ross.training.main import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+"""Broken samples: skipped in place, agreed between ranks, written down, and limited. Includes fuzzed inputs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_ross.data.dataset import RossDataset
+from megatron_ross.data.errors import ImageError, RecordError, SampleError
+from megatron_ross.data.images import decode_image
+from megatron_ross.data.loader import RossLoader
+from megatron_ross.data.order import SampleOrder
+from megatron_ross.data.quarantine import BadSamplePolicy, Quarantine, TooManyBadSamplesError
+from megatron_ross.data.records import parse_record
+
+LENIENT = {"max_bad_share": 1.0, "max_mismatch_share": 1.0}
+
+
+@pytest.fixture
+def broken(toy):
+    """The toy data set with a broken file, a missing file, a malformed record and a mismatch."""
+    records = json.loads((toy / "data.json").read_text())
+    (toy / "images/3.png").write_bytes((toy / "images/3.png").read_bytes()[:300])
+    (toy / "images/4.png").unlink()
+    records[5] = {"id": "five", "conversations": "nothing"}
+    records[6] = {"id": "six", "conversations": [{"from": "human", "value": "Empty?"}, {"from": "gpt", "value": ""}]}
+    (toy / "data.json").write_text(json.dumps(records))
+    bad = {5} | {
+        i
+        for i, r in enumerate(records)
+        if {"3.png", "4.png"} & set(r.get("image", []) if isinstance(r.get("image"), list) else [r.get("image")])
+    }
+    return toy, bad
+
+
+def _loader(folder, qwen, processor, policy, **changes):
+    dataset = RossDataset(folder / "data.json", folder / "images", qwen, "qwen_2", processor, 16, 512)
+    settings = {"global_batch_size": 23, "micro_batch_size": 1, "bad_samples": policy}
+    return RossLoader(dataset, SampleOrder(len(dataset), seed=1), **settings | changes)
+
+
+def test_bad_samples_are_skipped_in_place_and_written_down(broken, qwen, processor, tmp_path):
+    folder, bad = broken
+    policy = BadSamplePolicy(quarantine_path=tmp_path / "quarantine.jsonl", **LENIENT)
+    loader = _loader(folder, qwen, processor, policy)
+    step = loader.next_step()
+    assert sorted(i for batch in step for i in batch.sample_ids) == list(range(23))
+    for batch in step:
+        skipped = batch.sample_ids[0] in bad
+        assert (batch.num_supervised_tokens == 0) == (skipped or batch.sample_ids[0] == 6)
+        assert batch.num_supervised_tokens == int((batch.labels >= 0).sum())
+        assert (batch.recon_weight == (0 if skipped else 1)).all()
+    assert loader.bad_sample_counts == {"bad": len(bad), "mismatch": 1}
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["sample_id"]: line["status"] for line in lines} == dict.fromkeys(bad, "bad") | {6: "mismatch"}
+    assert all(line["reason"] and line["epoch"] == 0 for line in lines)
+    loader.close()
+
+
+class _World:
+    """Runs one function per rank in threads; `agree` is a real maximum over all of them."""
+
+    def __init__(self, size: int):
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._flags: list[torch.Tensor] = []
+
+    def agree(self, flags: torch.Tensor) -> torch.Tensor:
+        self._flags.append(flags)
+        self._barrier.wait()
+        result = torch.stack(self._flags).amax(0)
+        if self._barrier.wait() == 0:
+            self._flags = []
+        self._barrier.wait()
+        return result
+
+
+def test_ranks_agree_although_each_decodes_its_share_only(broken, qwen, processor):
+    """2 data-parallel x 2 tensor-parallel ranks, plus 2 ranks that decode nothing (a middle pipeline stage)."""
+    folder, _ = broken
+    ranks = [(dp, tp, pixels) for dp in range(2) for tp, pixels in ((0, True), (1, True), (0, False))]
+    world, results, errors = _World(len(ranks)), {}, []
+
+    def run(dp, tp, pixels):
+        try:
+            policy = BadSamplePolicy(agree=world.agree, **LENIENT)
+            loader = _loader(folder, qwen, processor, policy, global_batch_size=12, micro_batch_size=3, dp_rank=dp,
+                             dp_size=2, tp_rank=tp, tp_size=2, want_pixels=pixels)  # fmt: skip
+            results[dp, tp, pixels] = ([loader.next_step() for _ in range(4)], loader.state_dict())
+            loader.close()
+        except BaseException as error:
+            errors.append(error)
+            world._barrier.abort()
+
+    threads = [threading.Thread(target=run, args=rank) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    states = [state for _, state in results.values()]
+    assert all(state == states[0] for state in states)
+    whole = _loader(folder, qwen, processor, BadSamplePolicy(**LENIENT), global_batch_size=12)
+    for _ in range(4):
+        whole.next_step()
+    assert whole.state_dict() == states[0]
+    whole.close()
+    for dp in range(2):
+        reference = results[dp, 0, True][0]
+        for tp, pixels in ((1, True), (0, False)):
+            for a, b in zip(reference, results[dp, tp, pixels][0], strict=True):
+                for x, y in zip(a, b, strict=True):
+                    assert torch.equal(x.labels, y.labels)
+                    assert torch.equal(x.recon_weight, y.recon_weight)
+                    assert x.num_supervised_tokens == y.num_supervised_tokens
+
+
+def test_without_a_policy_the_first_broken_sample_stops(broken, qwen, processor):
+    loader = _loader(broken[0], qwen, processor, None)
+    with pytest.raises(SampleError):
+        loader.next_step()
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("limits", "word"),
+    [
+        ({"max_bad_share": 0.05, "max_mismatch_share": 1.0}, "bad"),
+        ({"max_bad_share": 1.0, "max_mismatch_share": 0.01}, "mismatch"),
+    ],
+)
+def test_run_stops_above_the_allowed_share_with_examples(broken, qwen, processor, limits, word):
+    loader = _loader(broken[0], qwen, processor, BadSamplePolicy(min_samples=1, **limits))
+    with pytest.raises(TooManyBadSamplesError, match=rf"samples are {word}.*max_{word}_share.*Examples: sample \d+: "):
+        loader.next_step()
+    loader.close()
+
+
+def test_counts_survive_a_resume(broken, qwen, processor):
+    straight = _loader(broken[0], qwen, processor, BadSamplePolicy(**LENIENT), global_batch_size=8)
+    for _ in range(4):
+        straight.next_step()
+    first = _loader(broken[0], qwen, processor, BadSamplePolicy(**LENIENT), global_batch_size=8)
+    first.next_step()
+    second = _loader(broken[0], qwen, processor, BadSamplePolicy(**LENIENT), global_batch_size=8)
+    second.load_state_dict(first.state_dict())
+    for _ in range(3):
+        second.next_step()
+    assert second.state_dict() == straight.state_dict()
+    for loader in (straight, first, second):
+        loader.close()
+
+
+def test_small_runs_are_not_stopped_by_one_bad_sample():
+    quarantine = Quarantine(BadSamplePolicy())
+    quarantine.counts["bad"] = 10
+    quarantine.check(20)
+    quarantine.counts["bad"] = 11
+    with pytest.raises(TooManyBadSamplesError):
+        quarantine.check(20)
+
+
+def _mutate(data: bytes, rng: random.Random) -> bytes:
+    """Cut, overwrite, insert, repeat or remove random pieces."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        place, size = rng.randrange(len(out) + 1), rng.randint(1, 60)
+        kind = rng.randrange(5)
+        if kind == 0:
+            out = out[:place]
+        elif kind == 1:
+            out[place : place + size] = rng.randbytes(size)
+        elif kind == 2:
+            out[place:place] = rng.randbytes(size)
+        elif kind == 3:
+            del out[place : place + size]
+        elif out:
+            out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_500_mutated_images_give_pixels_or_an_image_error(kind, processor):
+    rng = random.Random(kind)
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    outcomes = {"pixels": 0, "error": 0}
+    for number in range(500):
+        data = _mutate(buffer.getvalue(), rng)
+        try:
+            decoded = processor(decode_image(data, f"{number}"))
+            assert decoded.shape == (3, 56, 56)
+            assert torch.isfinite(decoded).all()
+            outcomes["pixels"] += 1
+        except ImageError:
+            outcomes["error"] += 1
+    assert outcomes["error"] > 0
+    assert outcomes["pixels"] > 0 or kind == "PNG", "every PNG chunk has a checksum, so that all of them may be refused"
+
+
+def _mutate_json(value, rng: random.Random):
+    """Replace one random node of a JSON value by something of another kind."""
+    junk = [None, True, -3, 1.5, "", "x" * 9, [], {}, [[]], {"a": 1}, "\ud800", "../../etc/passwd", "<image>" * 3]
+    if rng.random() < 0.25 or not isinstance(value, dict | list) or not value:
+        return copy.deepcopy(rng.choice(junk))
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    if rng.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = _mutate_json(value[key], rng)
+    return value
+
+
+def test_500_mutated_records_never_crash_a_loader(toy, qwen, processor):
+    rng = random.Random(0)
+    originals = json.loads((toy / "data.json").read_text())
+    records = [_mutate_json(copy.deepcopy(rng.choice(originals)), rng) for _ in range(500)]
+    (toy / "data.json").write_text(json.dumps(records))
+    loader = _loader(toy, qwen, processor, BadSamplePolicy(**LENIENT), global_batch_size=500, micro_batch_size=10)
+    step = loader.next_step()
+    assert sum(len(batch.sample_ids) for batch in step) == 500
+    assert 100 < loader.bad_sample_counts["bad"] < 500
+    good = 0
+    for number, record in enumerate(records):
+        try:
+            good += bool(parse_record(record, str(number)).turns)
+        except RecordError:
+            continue
+    assert good >= 500 - loader.bad_sample_counts["bad"]
+    dataset = RossDataset(toy / "data.json", toy / "images", qwen, "qwen_2", processor, 16, 512)
+    assert len(dataset.lengths) == len(dataset.modality_lengths) == 500
+    loader.close()
