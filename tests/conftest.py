@@ -1,4 +1,4 @@
-"""Settings shared by all tests: one thread per process, no GPU tests without a GPU, golden data, shared ranks."""
+"""Settings shared by all tests: one thread per process, no GPU tests without a GPU, golden data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.helpers.distributed import RankPool
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,18 +39,3 @@ def repository() -> Path:
 def golden_dir() -> Path:
     """Small checkpoints with recorded inputs and outputs; see its README.md."""
     return ROOT / "tests" / "golden"
-
-
-@pytest.fixture(scope="module")
-def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """`rank_pool(world_size)`: ranks that all tests of a file share; see helpers/distributed.py."""
-    pools: dict[int, RankPool] = {}
-
-    def get(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size)
-        return pools[world_size]
-
-    yield get
-    for pool in pools.values():
-        pool.close()

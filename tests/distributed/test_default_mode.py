@@ -6,8 +6,6 @@ hold text-only microbatches, microbatches without supervised tokens, several ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from megatron_ross.parity.fixture import case_samples, load_fixture
 from megatron_ross.parity.runner import case_draws
 from tests.helpers import golden
 from tests.helpers.batches import KINDS, make_batch
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.oracle import DENOISER, TOWER, VAE, Oracle, OracleResult
 from tests.helpers.runs import SETTINGS, Outcome, one_step, worst_gradient
 from tests.helpers.variants import Stored, make_variant
@@ -61,18 +59,16 @@ def test_the_oracle_agrees_with_recorded_numbers(model: str, stored: dict[str, S
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", golden.MODELS)
-def test_one_process_equals_the_oracle(
-    model: str, kind: str, stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]
-) -> None:
+def test_one_process_equals_the_oracle(model: str, kind: str, stored: dict[str, Stored]) -> None:
     target = stored[model]
     flat = {"micro_batch_size": 2, "recon_loss_weight": 0.7}
-    (ours,) = rank_pool(1).run(one_step, target.path, kind, flat)
+    (ours,) = run_ranks(one_step, 1, target.path, kind, flat)
     oracle = Oracle(target.composite, target.model)
     expected = oracle.run(make_batch(kind, target.model), seed=SETTINGS["seed"], recon_loss_weight=0.7)
     assert_equal(ours, expected)
 
 
-def test_four_ranks_equal_the_oracle(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_four_ranks_equal_the_oracle(stored: dict[str, Stored]) -> None:
     """Directly, not by way of the one-process run."""
     target = stored["qwen2_siglip"]
     flat = {
@@ -81,7 +77,7 @@ def test_four_ranks_equal_the_oracle(stored: dict[str, Stored], rank_pool: Calla
         "sequence_parallel": True,
         "layout": "VEt*3|tNDH",
     }
-    ours = rank_pool(4).run(one_step, target.path, "mixed", flat)[0]
+    ours = run_ranks(one_step, 4, target.path, "mixed", flat)[0]
     expected = Oracle(target.composite, target.model).run(make_batch("mixed", target.model), seed=SETTINGS["seed"])
     assert_equal(ours, expected)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.batches import KINDS
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.layout_space import FACTORS, MODELS, Row, all_rows, pairs, pairwise_rows
 from tests.helpers.runs import SETTINGS, Outcome, one_step, worst_gradient
 from tests.helpers.variants import Stored, make_variant, odd_vocabulary, tied
@@ -36,7 +36,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
 
 
 @pytest.fixture(scope="module")
-def compare(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> Compare:
+def compare(stored: dict[str, Stored]) -> Compare:
     """Runs a row and compares it with the one-process run of the same model, stage and batch."""
     alone: dict[tuple[str, int, str], Outcome] = {}
 
@@ -45,8 +45,8 @@ def compare(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> 
         path = stored[row.model].path
         if key not in alone:
             flat = {"layout": "VEt*4NDH", "micro_batch_size": 1, "freeze_language_model": row.stage == 1}
-            (alone[key],) = rank_pool(1).run(one_step, path, row.kind, flat)
-        got = rank_pool(row.world_size).run(one_step, path, row.kind, row.settings())[0]
+            (alone[key],) = run_ranks(one_step, 1, path, row.kind, flat)
+        got = run_ranks(one_step, row.world_size, path, row.kind, row.settings())[0]
         assert_same(got, alone[key])
 
     return check

@@ -14,7 +14,7 @@ from megatron_ross.parity.gather import gather_values
 from megatron_ross.training.build import build_scheduler
 from tests.helpers import golden, variants
 from tests.helpers.batches import IMAGES_EVERYWHERE, make_batch
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.oracle import DENOISER, PROJECTOR, TOWER, VAE, Oracle, OracleResult
 from tests.helpers.runs import SETTINGS, Outcome, one_step, open_session, worst_gradient
 from tests.helpers.variants import Stored, make_variant
@@ -73,53 +73,53 @@ def assert_equal(ours: Outcome, oracle: OracleResult, is_trained: Callable[[str]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name: str, rank_pool: Callable[[int], RankPool], tmp_path: Any) -> None:
+def test_architectures(name: str, tmp_path: Any) -> None:
     base, edits = ARCHITECTURES[name]
     made = make_variant(tmp_path, base, *edits)
-    (ours,) = rank_pool(1).run(one_step, made.path, "mixed", {"micro_batch_size": 2})
+    (ours,) = run_ranks(one_step, 1, made.path, "mixed", {"micro_batch_size": 2})
     expected = Oracle(made.composite, made.model).run(make_batch("mixed", made.model), seed=SETTINGS["seed"])
     assert_equal(ours, expected, TRAINABILITY["stage 2"][1])
 
 
 @pytest.mark.parametrize("name", ["denoiser_vit8x", "identity projector", "LLaVA"])
-def test_architectures_on_four_ranks(name: str, rank_pool: Callable[[int], RankPool], tmp_path: Any) -> None:
+def test_architectures_on_four_ranks(name: str, tmp_path: Any) -> None:
     base, edits = ARCHITECTURES[name]
     made = make_variant(tmp_path, base, *edits)
-    (alone,) = rank_pool(1).run(one_step, made.path, "mixed", {})
+    (alone,) = run_ranks(one_step, 1, made.path, "mixed", {})
     layout = "V|Et*4NDH" if made.model.denoiser else "V|Et*4NH"
     flat = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "layout": layout}
-    ours = rank_pool(4).run(one_step, made.path, "mixed", flat)[0]
+    ours = run_ranks(one_step, 4, made.path, "mixed", flat)[0]
     assert (ours.lm_loss, ours.recon_loss) == pytest.approx((alone.lm_loss, alone.recon_loss), rel=LOSS)
     error, tensor = worst_gradient(ours.gradients, alone.gradients)
     assert error < GRADIENT, tensor
 
 
 @pytest.mark.parametrize("model", golden.MODELS)
-def test_trainability(model: str, stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_trainability(model: str, stored: dict[str, Stored]) -> None:
     target = stored[model]
     expected = Oracle(target.composite, target.model).run(make_batch("mixed", target.model), seed=SETTINGS["seed"])
     for flat, is_trained in TRAINABILITY.values():
-        (ours,) = rank_pool(1).run(one_step, target.path, "mixed", {"micro_batch_size": 4, **flat})
+        (ours,) = run_ranks(one_step, 1, target.path, "mixed", {"micro_batch_size": 4, **flat})
         assert_equal(ours, expected, is_trained)
 
 
-def test_trainable_tower_on_four_ranks(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_trainable_tower_on_four_ranks(stored: dict[str, Stored]) -> None:
     """Ranks whose share of images is empty still take part, and the tower's gradients are summed over all."""
     path = stored["llama_clip"].path
     flat = {"unfreeze_mm_vision_tower": True}
-    (alone,) = rank_pool(1).run(one_step, path, "text_only_microbatches", flat)
+    (alone,) = run_ranks(one_step, 1, path, "text_only_microbatches", flat)
     assert any(name.startswith(TOWER) for name in alone.gradients)
     parallel = {"tensor_model_parallel_size": 2, "layout": "VEt*4NDH", "sequence_parallel": True}
-    ours = rank_pool(4).run(one_step, path, "text_only_microbatches", flat | parallel)[0]
+    ours = run_ranks(one_step, 4, path, "text_only_microbatches", flat | parallel)[0]
     error, tensor = worst_gradient(ours.gradients, alone.gradients)
     assert error < GRADIENT, tensor
 
 
 @pytest.mark.parametrize("mode", ["token_mean", "reference"])
-def test_several_images_per_sample(mode: str, stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_several_images_per_sample(mode: str, stored: dict[str, Stored]) -> None:
     """By default each image is reconstructed, in reference mode the first of each sample."""
     target = stored["qwen2_siglip"]
-    (ours,) = rank_pool(1).run(one_step, target.path, IMAGES_EVERYWHERE, {"micro_batch_size": 8, "loss_mode": mode})
+    (ours,) = run_ranks(one_step, 1, target.path, IMAGES_EVERYWHERE, {"micro_batch_size": 8, "loss_mode": mode})
     samples = make_batch(IMAGES_EVERYWHERE, target.model)
     if mode == "reference":
         samples = [
@@ -176,9 +176,7 @@ def rates_of_parameters(rank: int, world_size: int, path: Any, flat: dict[str, A
 
 @pytest.mark.parametrize("setting", RATES)
 @pytest.mark.parametrize("model", golden.MODELS)
-def test_learning_rates_and_weight_decay_of_every_tensor(
-    model: str, setting: str, stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]
-) -> None:
+def test_learning_rates_and_weight_decay_of_every_tensor(model: str, setting: str, stored: dict[str, Stored]) -> None:
     """Recorded parameter groups of the published trainer, and its warm-up and cosine schedule.
 
     One difference: with a weight decay, which no recipe has, the published trainer decays Qwen2's norms (not Llama's)
@@ -187,7 +185,7 @@ def test_learning_rates_and_weight_decay_of_every_tensor(
     recorded = json.loads((golden.GOLDEN / "goldens" / "optimizer_groups.json").read_text())
     groups = recorded[f"{model}/{setting}"]["groups"]
     expected = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["params"]}
-    (got,) = rank_pool(1).run(rates_of_parameters, stored[model].path, RATES[setting])
+    (got,) = run_ranks(rates_of_parameters, 1, stored[model].path, RATES[setting])
     unused = set(expected) - set(got["rates"])  # published: in a group, but never with a gradient
     assert all(name.startswith(TOWER) for name in unused)
     assert set(got["rates"]) <= set(expected)

@@ -6,7 +6,6 @@ sampling, greedy generation; `reference` losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron_ross.parity.main import CHECKS, check_model
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.main import quieten
 from tests.helpers import golden
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 
 QUICK = ("cases", "trajectories")
 LEAST_ROWS = {"cases": 400, "trajectories": 200, "sampling": 4, "generation": 2}
@@ -67,8 +66,8 @@ def compare_with_recorded(
 
 @pytest.mark.parametrize("model", golden.MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recorded_numbers(layout: str, model: str, rank_pool: Callable[[int], RankPool]) -> None:
+def test_recorded_numbers(layout: str, model: str) -> None:
     ranks, checks, flat = LAYOUTS[layout]
-    rows = rank_pool(ranks).run(compare_with_recorded, model, flat, checks, timeout_s=300)[0]
+    rows = run_ranks(compare_with_recorded, ranks, model, flat, checks, timeout_s=300)[0]
     assert [text for _, ok, text in rows if not ok] == []
     assert len({name for name, _, _ in rows}) == len(rows) >= sum(LEAST_ROWS[check] for check in checks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from tests.helpers import golden
 from tests.helpers.batches import make_batch
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import Outcome, one_step, open_session
 from tests.helpers.variants import Stored, make_variant
 
@@ -31,31 +30,31 @@ def cosine(a: Outcome, b: Outcome) -> float:
 
 
 @pytest.mark.parametrize("model", golden.MODELS)
-def test_bf16_stays_close_to_fp32(model: str, stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_bf16_stays_close_to_fp32(model: str, stored: dict[str, Stored]) -> None:
     path = stored[model].path
-    (wide,) = rank_pool(1).run(one_step, path, "mixed", {"micro_batch_size": 4})
-    (narrow,) = rank_pool(1).run(one_step, path, "mixed", {"micro_batch_size": 4, "bf16": True})
+    (wide,) = run_ranks(one_step, 1, path, "mixed", {"micro_batch_size": 4})
+    (narrow,) = run_ranks(one_step, 1, path, "mixed", {"micro_batch_size": 4, "bf16": True})
     assert narrow.lm_loss == pytest.approx(wide.lm_loss, rel=LM_BF16)
     assert narrow.recon_loss == pytest.approx(wide.recon_loss, rel=RECON_BF16)
     assert narrow.lm_loss != wide.lm_loss
     assert cosine(narrow, wide) > 0.999
 
 
-def test_bf16_on_four_ranks_stays_close_to_one(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_bf16_on_four_ranks_stays_close_to_one(stored: dict[str, Stored]) -> None:
     path = stored["qwen2_siglip"].path
     flat = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "layout": "V|Et*4NDH"}
-    (alone,) = rank_pool(1).run(one_step, path, "mixed", {"bf16": True})
-    ours = rank_pool(4).run(one_step, path, "mixed", {"bf16": True, **flat})[0]
+    (alone,) = run_ranks(one_step, 1, path, "mixed", {"bf16": True})
+    ours = run_ranks(one_step, 4, path, "mixed", {"bf16": True, **flat})[0]
     assert ours.lm_loss == pytest.approx(alone.lm_loss, rel=LM_BF16)
     assert ours.recon_loss == pytest.approx(alone.recon_loss, rel=RECON_BF16)
     assert cosine(ours, alone) > 0.999
 
 
-def test_arithmetic_of_the_denoiser(stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]) -> None:
+def test_arithmetic_of_the_denoiser(stored: dict[str, Stored]) -> None:
     """bf16 changes the reconstruction loss a little and nothing else; TF32 exists on GPUs only."""
     path = stored["llama_clip"].path
     base, narrow, tf32 = (
-        rank_pool(1).run(one_step, path, "mixed", {"denoiser_dtype": dtype})[0] for dtype in ("fp32", "bf16", "tf32")
+        run_ranks(one_step, 1, path, "mixed", {"denoiser_dtype": dtype})[0] for dtype in ("fp32", "bf16", "tf32")
     )
     assert narrow.lm_loss == base.lm_loss
     assert narrow.recon_loss != base.recon_loss
@@ -87,11 +86,9 @@ def main_weights_after(rank: int, world_size: int, path: Path, steps: int, lr: f
         session.close()
 
 
-def test_small_updates_add_up_in_fp32_main_weights(
-    stored: dict[str, Stored], rank_pool: Callable[[int], RankPool]
-) -> None:
+def test_small_updates_add_up_in_fp32_main_weights(stored: dict[str, Stored]) -> None:
     lr = 1e-6  # far below the spacing of bf16 numbers near typical weights
-    (result,) = rank_pool(1).run(main_weights_after, stored["qwen2_siglip"].path, 3, lr)
+    (result,) = run_ranks(main_weights_after, 1, stored["qwen2_siglip"].path, 3, lr)
     assert result["dtypes"] == (torch.bfloat16, torch.float32, torch.float32)
     assert 0.5 * lr < result["moved_per_step"] < 1.5 * lr
     assert result["is_rounded_main"]

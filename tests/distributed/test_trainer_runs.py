@@ -6,7 +6,6 @@ same in every layout, for every data-parallel size and microbatch size, and acro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from megatron_ross.checkpoint.manifest import resolve_checkpoint
 from megatron_ross.checkpoint.reader import MODEL_PREFIXES, open_checkpoint, read_index
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import relative
 from tests.helpers.toy_run import curve, write_data
 from tests.helpers.variants import Stored, make_variant
@@ -52,9 +51,9 @@ def settings(stored: Stored, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def alone(settings: dict[str, Any], rank_pool: Callable[[int], RankPool]) -> dict[str, Any]:
+def alone(settings: dict[str, Any]) -> dict[str, Any]:
     """The run that all others are compared with: one process."""
-    (result,) = rank_pool(1).run(curve, settings | TP1PP1, STEPS)
+    (result,) = run_ranks(curve, 1, settings | TP1PP1, STEPS)
     losses = torch.tensor(result["losses"])
     assert losses[0, :2].min() > 0.5
     assert losses[-1, 0] < 0.98 * losses[0, 0]  # it does train
@@ -76,9 +75,8 @@ def test_random_runs_are_the_same_in_every_layout(
     flat: dict[str, Any],
     alone: dict[str, Any],
     settings: dict[str, Any],
-    rank_pool: Callable[[int], RankPool],
 ) -> None:
-    got = rank_pool(ranks).run(curve, settings | flat, STEPS)[0]
+    got = run_ranks(curve, ranks, settings | flat, STEPS)[0]
     assert got["digest"] == alone["digest"]
     for step, (ours, expected) in enumerate(zip(got["losses"], alone["losses"], strict=True)):
         assert ours[:2] == pytest.approx(expected[:2], rel=1e-5), f"step {step}"
@@ -88,21 +86,20 @@ def test_random_runs_are_the_same_in_every_layout(
 def saved(
     request: pytest.FixtureRequest,
     settings: dict[str, Any],
-    rank_pool: Callable[[int], RankPool],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run on TP2 x PP2 that saves and goes on: (its layout, settings to resume with, what it did after the save)."""
     folder = tmp_path_factory.mktemp("run")
     layout = STAGE1_TP2PP2 if request.param == "stage1" else TP2PP2
     flat = settings | {"freeze_language_model": request.param == "stage1", "lr": 1e-3}
-    rank_pool(4).run(curve, flat | layout | {"save": str(folder)}, SAVED_AT, save=True)
-    whole = rank_pool(4).run(curve, flat | layout, SAVED_AT + RESUMED_STEPS)[0]
+    run_ranks(curve, 4, flat | layout | {"save": str(folder)}, SAVED_AT, save=True)
+    whole = run_ranks(curve, 4, flat | layout, SAVED_AT + RESUMED_STEPS)[0]
     return layout, flat | {"load": str(folder), "init_from": ""}, whole
 
 
-def test_resume_in_the_same_layout_is_bitwise(saved: Any, rank_pool: Callable[[int], RankPool]) -> None:
+def test_resume_in_the_same_layout_is_bitwise(saved: Any) -> None:
     layout, flat, whole = saved
-    got = rank_pool(4).run(curve, flat | layout, RESUMED_STEPS)[0]
+    got = run_ranks(curve, 4, flat | layout, RESUMED_STEPS)[0]
     assert got["iteration"] == SAVED_AT + RESUMED_STEPS
     assert got["losses"] == whole["losses"][SAVED_AT:]
     assert got["digest"] == whole["digest"]
@@ -119,11 +116,9 @@ def test_resume_in_the_same_layout_is_bitwise(saved: Any, rank_pool: Callable[[i
         pytest.param(1, TP1PP1 | {"micro_batch_size": 2}, id="one process"),
     ],
 )
-def test_resume_in_another_layout(
-    ranks: int, flat: dict[str, Any], saved: Any, rank_pool: Callable[[int], RankPool]
-) -> None:
+def test_resume_in_another_layout(ranks: int, flat: dict[str, Any], saved: Any) -> None:
     _, resume, whole = saved
-    got = rank_pool(ranks).run(curve, resume | flat, RESUMED_STEPS)[0]
+    got = run_ranks(curve, ranks, resume | flat, RESUMED_STEPS)[0]
     assert got["digest"] == whole["digest"]
     for ours, expected in zip(got["losses"], whole["losses"][SAVED_AT:], strict=True):
         assert ours == pytest.approx(expected, rel=1e-4)
@@ -136,29 +131,27 @@ def test_resume_in_another_layout(
 
 
 def test_the_layout_of_stage_1_has_a_rank_without_trainable_parameters(
-    settings: dict[str, Any], rank_pool: Callable[[int], RankPool], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Saved by PP4 in stage 1, whose middle ranks have nothing to save, and resumed there bitwise."""
     flat = settings | PP4 | {"layout": "VE|t*2|t*2|NDH", "freeze_language_model": True, "lr": 1e-3}
-    rank_pool(4).run(curve, flat | {"save": str(tmp_path)}, 2, save=True)
-    whole = rank_pool(4).run(curve, flat, 4)[0]
-    resumed = rank_pool(4).run(curve, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
+    run_ranks(curve, 4, flat | {"save": str(tmp_path)}, 2, save=True)
+    whole = run_ranks(curve, 4, flat, 4)[0]
+    resumed = run_ranks(curve, 4, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
     assert resumed["losses"] == whole["losses"][2:]
     assert all(torch.equal(resumed["parameters"][name], t) for name, t in whole["parameters"].items())
 
 
-def test_trainable_only_checkpoint_is_small_whole_and_resumes(
-    settings: dict[str, Any], rank_pool: Callable[[int], RankPool], tmp_path: Path
-) -> None:
+def test_trainable_only_checkpoint_is_small_whole_and_resumes(settings: dict[str, Any], tmp_path: Path) -> None:
     """Stage 1 may leave the frozen weights to the checkpoint it started from."""
     flat = settings | STAGE1_TP2PP2 | {"freeze_language_model": True, "lr": 1e-3, "save_trainable_only": True}
-    rank_pool(4).run(curve, flat | {"save": str(tmp_path)}, 2, save=True)
+    run_ranks(curve, 4, flat | {"save": str(tmp_path)}, 2, save=True)
     directory = resolve_checkpoint(tmp_path / "checkpoints")
     held = {key for key in read_index(directory).state_dict_metadata if key.startswith(MODEL_PREFIXES)}
     assert held
     assert all(key.startswith(("vision.projector.", "denoiser.")) for key in held)
     assert set(open_checkpoint(directory).keys()) == set(open_checkpoint(settings["init_from"]).keys())
-    whole = rank_pool(4).run(curve, flat, 4)[0]
-    resumed = rank_pool(4).run(curve, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
+    whole = run_ranks(curve, 4, flat, 4)[0]
+    resumed = run_ranks(curve, 4, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
     assert resumed["losses"] == whole["losses"][2:]
     assert all(torch.equal(resumed["parameters"][name], t) for name, t in whole["parameters"].items())

@@ -1,14 +1,11 @@
-"""Run functions on several ranks, started once and used many times.
+"""Run a function on several ranks.
 
-Starting a rank costs seconds of imports, so a `RankPool` keeps its ranks and runs one function after another on them:
+    losses = run_ranks(loss_of, 4, "VEt*2|t*2NDH")  # on each rank, loss_of(rank, world_size, "VEt*2|t*2NDH")
 
-    with RankPool(4) as ranks:
-        losses = ranks.run(loss_of_layout, "VEt*2|t*2NDH")  # loss_of_layout(rank, world_size, "VEt*2|t*2NDH")
-
-`run_ranks` is the same for a single function; the fixture `rank_pool` in conftest.py shares pools within a test file.
-The functions must be at module level. They find `torch.distributed` initialised (gloo unless asked otherwise, meeting
-through a file, so no ports can collide) and must leave it so; state they put on top, Megatron's included, is theirs
-to destroy.
+The function must be at module level. It finds `torch.distributed` initialised (gloo unless asked otherwise, meeting
+through a file, so no ports can collide) and leaves what it likes behind: every call gets new processes. They are forked
+from one server that has imported torch and Megatron, so starting them takes a fraction of a second. Ranks that lived
+on would collect gloo's threads, which poll until their process ends: some 75 for each layout that a rank walks through.
 """
 
 from __future__ import annotations
@@ -27,131 +24,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-STARTUP_S = 120.0
-"""Longest time that the ranks may take to start; added to the first call's own limit."""
+STARTUP_S = 300.0
+"""Longest time that the ranks may take to start; not part of the limit of the call."""
+
+PRELOAD = ["megatron_ross.training.trainer", "megatron_ross.training.main", "megatron_ross.parity.runner"]
+"""What the server imports; ranks import whatever else they need themselves."""
 
 
 class RankError(RuntimeError):
     """A rank raised, died or did not finish in time; the message says which and holds its traceback."""
-
-
-class RankPool:
-    """`world_size` processes that run functions together. After a failure the next `run` starts fresh ones."""
-
-    def __init__(self, world_size: int, *, backend: str = "gloo", env: dict[str, str] | None = None) -> None:
-        if world_size < 1:
-            raise ValueError(f"world_size is {world_size}, but at least one rank is needed")
-        self.world_size = world_size
-        self.backend = backend
-        self.env = env or {}
-        self._processes: list[Any] = []
-        self._connections: list[Connection] = []
-        self._folder: Path | None = None
-
-    def __enter__(self) -> RankPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
-        """Call `fn(rank, world_size, *args, **kwargs)` on every rank.
-
-        Args:
-            fn: a module-level function; its arguments and results are pickled.
-            timeout_s: limit for the slowest rank, not counting the start of the ranks.
-        Returns:
-            what each rank returned, by rank.
-        Raises:
-            RankError: a rank raised, died, or was still running at the limit; all ranks are gone then.
-        """
-        limit = timeout_s
-        if not self._processes:
-            self._start()
-            limit += STARTUP_S
-        task = (fn.__module__, sys.modules[fn.__module__].__file__, fn.__qualname__, pickle.dumps((args, kwargs)))
-        try:
-            for connection in self._connections:
-                connection.send(task)
-            return self._collect(limit)
-        except BaseException:  # a keyboard interrupt must not leave ranks behind either
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Kill every rank together with what it started; harmless when nothing runs."""
-        for process in self._processes:
-            _kill_group(process.pid)
-        for process in self._processes:
-            process.join()
-        for connection in self._connections:
-            connection.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._processes, self._connections, self._folder = [], [], None
-
-    def _start(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            env = {**self.env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world_size)}
-            process = context.Process(
-                target=_serve, args=(theirs, rank, self.world_size, self.backend, env, str(self._folder))
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-
-    def _collect(self, limit: float) -> list[Any]:
-        """Wait for every rank's answer, or for the first failure."""
-        deadline = time.monotonic() + limit
-        results: dict[int, Any] = {}
-        failures: list[tuple[float, int, str]] = []
-        while len(results) < self.world_size and not failures:
-            pending = [c for rank, c in enumerate(self._connections) if rank not in results]
-            ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankError(self._describe_hang(limit, [r for r in range(self.world_size) if r not in results]))
-            self._receive(ready, results, failures)
-        if failures:
-            # Ranks that waited for the failed one fail a little later; the earliest failure is the cause.
-            time.sleep(0.2)
-            rest = [
-                c for r, c in enumerate(self._connections) if r not in results and r not in {f[1] for f in failures}
-            ]
-            self._receive([c for c in rest if c.poll()], results, failures)
-            _, rank, text = min(failures)
-            raise RankError(f"rank {rank} of {self.world_size} failed:\n{text}")
-        return [results[rank] for rank in range(self.world_size)]
-
-    def _receive(self, ready: list[Any], results: dict[int, Any], failures: list[tuple[float, int, str]]) -> None:
-        for connection in ready:
-            rank = self._connections.index(connection)
-            try:
-                when, error, payload = connection.recv()
-            except (EOFError, ConnectionResetError):
-                self._processes[rank].join(timeout=5.0)
-                code = self._processes[rank].exitcode
-                failures.append((time.time(), rank, f"the process ended without an answer, exit code {code}"))
-                continue
-            if error is None:
-                results[rank] = pickle.loads(payload)
-            else:
-                failures.append((when, rank, error))
-
-    def _describe_hang(self, limit: float, missing: list[int]) -> str:
-        """Which ranks are late, and where each of them stands."""
-        assert self._folder is not None
-        for rank in missing:
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        stacks = []
-        for rank in missing:
-            path = self._folder / f"stack-{rank}"
-            stacks.append(f"rank {rank} stands at:\n{path.read_text() if path.exists() else '(still starting)'}")
-        return f"ranks {missing} of {self.world_size} were not done after {limit:.0f} s\n" + "\n".join(stacks)
 
 
 def run_ranks(
@@ -163,9 +44,110 @@ def run_ranks(
     env: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
-    """`RankPool.run` on ranks that live for this one call."""
-    with RankPool(world_size, backend=backend, env=env) as ranks:
-        return ranks.run(fn, *args, timeout_s=timeout_s, **kwargs)
+    """Call `fn(rank, world_size, *args, **kwargs)` on every rank.
+
+    Args:
+        fn: a module-level function; its arguments and results are pickled.
+        timeout_s: limit for the slowest rank, not counting the start of the ranks.
+        env: environment variables on top of this process's.
+    Returns:
+        what each rank returned, by rank.
+    Raises:
+        RankError: a rank raised, died, or was still running at the limit. All ranks are gone in any case.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}, but at least one rank is needed")
+    task = (fn.__module__, sys.modules[fn.__module__].__file__, fn.__qualname__, pickle.dumps((args, kwargs)))
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    ranks = _Ranks(folder)
+    try:
+        ranks.start(task, world_size, backend, env or {})
+        ranks.collect(STARTUP_S)  # each says that it has joined the process group
+        return ranks.collect(timeout_s)
+    finally:  # a keyboard interrupt must not leave ranks behind either
+        ranks.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Ranks:
+    """The processes of one call. Each sends two messages, (time, traceback or None, pickled value)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
+
+    def start(self, task: tuple[str, Any, str, bytes], world_size: int, backend: str, env: dict[str, str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, task, rank, world_size, backend, env, str(self.folder))
+            )
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
+
+    def kill(self) -> None:
+        """Kill every rank together with what it started."""
+        for process in self.processes:
+            _kill_group(process.pid)
+        for process in self.processes:
+            process.join()
+        for connection in self.connections:
+            connection.close()
+
+    def collect(self, limit: float) -> list[Any]:
+        """Wait for the next message of every rank, or for the first failure."""
+        deadline = time.monotonic() + limit
+        results: dict[int, Any] = {}
+        failures: list[tuple[float, int, str]] = []
+        everyone = range(len(self.processes))
+        while len(results) < len(everyone) and not failures:
+            pending = [self.connections[rank] for rank in everyone if rank not in results]
+            ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(self._describe_hang(limit, [rank for rank in everyone if rank not in results]))
+            self._receive(ready, results, failures)
+        if failures:
+            # Ranks that waited for the failed one fail a little later; the earliest failure is the cause.
+            time.sleep(0.2)
+            heard = results.keys() | {rank for _, rank, _ in failures}
+            rest = [self.connections[rank] for rank in everyone if rank not in heard]
+            self._receive([connection for connection in rest if connection.poll()], results, failures)
+            _, rank, text = min(failures)
+            raise RankError(f"rank {rank} of {len(everyone)} failed:\n{text}")
+        return [results[rank] for rank in everyone]
+
+    def _receive(self, ready: list[Any], results: dict[int, Any], failures: list[tuple[float, int, str]]) -> None:
+        for connection in ready:
+            rank = self.connections.index(connection)
+            try:
+                when, error, payload = connection.recv()
+            except (EOFError, ConnectionResetError):
+                self.processes[rank].join(timeout=5.0)
+                code = self.processes[rank].exitcode
+                failures.append((time.time(), rank, f"the process ended without an answer, exit code {code}"))
+                continue
+            if error is None:
+                results[rank] = pickle.loads(payload)
+            else:
+                failures.append((when, rank, error))
+
+    def _describe_hang(self, limit: float, missing: list[int]) -> str:
+        """Which ranks are late, and where each of them stands."""
+        paths = {rank: self.folder / f"stack-{rank}" for rank in missing}
+        for rank, path in paths.items():
+            if path.exists():  # it has its signal handler
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        stacks = [
+            f"rank {rank} stands at:\n{path.read_text() if path.exists() else '(still starting)'}"
+            for rank, path in paths.items()
+        ]
+        return f"ranks {missing} of {len(self.processes)} were not done after {limit:.0f} s\n" + "\n".join(stacks)
 
 
 def _kill_group(pid: int) -> None:
@@ -178,52 +160,52 @@ def _kill_group(pid: int) -> None:
             return
 
 
-def _serve(connection: Connection, rank: int, world_size: int, backend: str, env: dict[str, str], folder: str) -> None:
-    """Main function of a rank: set up, then run tasks until the other end goes away."""
+def _serve(
+    connection: Connection,
+    task: tuple[str, str, str, bytes],
+    rank: int,
+    world_size: int,
+    backend: str,
+    env: dict[str, str],
+    folder: str,
+) -> None:
+    """Main function of a rank: join the process group, say so, run the task, send what it returns."""
     import ctypes
     import faulthandler
 
-    os.setsid()  # own process group, so that the pool can kill a rank with all its children
+    os.setsid()  # own process group, so that a rank can be killed with all its children
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the test process
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the server, which dies with the tests
     faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stack-{rank}", "w"), all_threads=False)  # noqa: SIM115
     os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | env)
-    error = _initialise(rank, world_size, backend, folder)
-    while True:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
+    for step in (lambda: _initialise(rank, world_size, backend, folder), lambda: _run(task, rank, world_size)):
         try:
-            task = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(task, rank, world_size) if error is None else (time.time(), error, b""))
+            answer = (time.time(), None, pickle.dumps(step()))
+        except BaseException:  # SystemExit too: the tests must hear of it
+            connection.send((time.time(), traceback.format_exc(), b""))
+            break
+        connection.send(answer)
+    signal.pause()  # until killed: leaving now would break collectives that others are still in
 
 
-def _initialise(rank: int, world_size: int, backend: str, folder: str) -> str | None:
-    """Returns the traceback if it fails."""
-    try:
-        import torch
+def _initialise(rank: int, world_size: int, backend: str, folder: str) -> None:
+    import torch
 
-        torch.set_num_threads(1)
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
-        store = torch.distributed.FileStore(f"{folder}/store", world_size)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    except Exception:
-        return traceback.format_exc()
-    return None
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = torch.distributed.FileStore(f"{folder}/store", world_size)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def _answer(task: tuple[str, str, str, bytes], rank: int, world_size: int) -> tuple[float, str | None, bytes]:
-    """Run one task; returns (time, None, pickled result) or (time, traceback, nothing)."""
+def _run(task: tuple[str, str, str, bytes], rank: int, world_size: int) -> Any:
     module_name, file, function_name, payload = task
-    try:
-        module = _load(module_name, file)
-        fn: Any = module
-        for part in function_name.split("."):
-            fn = getattr(fn, part)
-        args, kwargs = pickle.loads(payload)
-        return time.time(), None, pickle.dumps(fn(rank, world_size, *args, **kwargs))
-    except BaseException:  # SystemExit too: the pool must hear of it
-        return time.time(), traceback.format_exc(), b""
+    fn: Any = _load(module_name, file)
+    for part in function_name.split("."):
+        fn = getattr(fn, part)
+    args, kwargs = pickle.loads(payload)
+    return fn(rank, world_size, *args, **kwargs)
 
 
 def _load(name: str, file: str) -> Any:

@@ -119,7 +119,7 @@ def open_session(path: Path, flat: dict[str, Any]) -> Session:
 def one_step(
     rank: int, world_size: int, path: Path, kind: str, flat: dict[str, Any], draws: NoiseDraws | None = None
 ) -> Outcome | None:
-    """For a RankPool: one optimizer step on a batch of `tests.helpers.batches`; the outcome on rank 0."""
+    """For `run_ranks`: one optimizer step on a batch of `tests.helpers.batches`; the outcome on rank 0."""
     session = open_session(path, flat)
     try:
         outcome = session.step(session.microbatches(make_batch(kind, session.model)))

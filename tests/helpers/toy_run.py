@@ -1,4 +1,4 @@
-"""A small LLaVA data set on disk and training runs on it with the real Trainer, for ranks of a RankPool."""
+"""A small LLaVA data set on disk and training runs on it with the real Trainer, for `run_ranks`."""
 
 from __future__ import annotations
 

@@ -107,5 +107,6 @@ def test_damaged_manifests_are_refused(manifest: Manifest, tmp_path: Path) -> No
 def test_versions_name_what_determines_the_format() -> None:
     import torch
 
-    assert library_versions()["torch"] == torch.__version__
+    # The wheel of the package index leaves the CUDA version out of its own version.
+    assert torch.__version__.startswith(library_versions()["torch"])
     assert "megatron-core" in library_versions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from megatron_ross.checkpoint.reader import open_checkpoint, read_index
 from megatron_ross.config.model import LanguageModelConfig, RossModelConfig, VisionConfig
 from megatron_ross.convert.torch_dist_writer import LazyTensor, write_torch_dist
 from megatron_ross.platform import ensure_platform
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 
 EMBEDDING, FC2, TOWER = "embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc2.weight", "vision.tower.x"
 
@@ -117,9 +117,9 @@ def _save_halves(rank: int, world_size: int, directory: Path, tensors: dict[str,
 
 
 def test_reads_chunks_that_megatron_saved_on_two_ranks(
-    tmp_path: Path, model: RossModelConfig, tensors: dict[str, Tensor], rank_pool: Callable[[int], RankPool]
+    tmp_path: Path, model: RossModelConfig, tensors: dict[str, Tensor]
 ) -> None:
-    rank_pool(2).run(_save_halves, _prepare(tmp_path, model), tensors)
+    run_ranks(_save_halves, 2, _prepare(tmp_path, model), tensors)
     reader = open_checkpoint(tmp_path)
     assert torch.equal(reader.read(EMBEDDING), tensors[EMBEDDING])
     assert torch.equal(reader.read(FC2), tensors[FC2])

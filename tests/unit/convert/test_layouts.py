@@ -21,7 +21,7 @@ from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.parallel.groups import initialize_groups
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.build import build_stages
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 
 LAYOUTS = {
     "tp2_pp2": (2, 2, "VEt*2|t*2NDH"),
@@ -57,12 +57,11 @@ def test_round_trip_through_every_layout_is_exact(
     imported: Callable[[str], Path],
     golden_dir: Path,
     tmp_path: Path,
-    rank_pool: Callable[[int], RankPool],
 ) -> None:
     source = resolve_checkpoint(imported(name))
     target = iteration_dir(tmp_path / "trained", 3)
     target.mkdir(parents=True)
-    rank_pool(4).run(_load_and_save, source, target, *LAYOUTS[layout])
+    run_ranks(_load_and_save, 4, source, target, *LAYOUTS[layout])
     shutil.copytree(source / ASSETS_NAME, target / ASSETS_NAME)
     replace(Manifest.read(source), iteration=3).write(target)
     write_latest(tmp_path / "trained", 3)

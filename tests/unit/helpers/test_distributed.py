@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from tests.helpers.distributed import RankError, RankPool, run_ranks
+from tests.helpers.distributed import RankError, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -60,27 +60,23 @@ def all_gone(pids: list[int]) -> bool:
     return False
 
 
-def test_one_pool_runs_many_tasks_and_survives_failures(tmp_path: Path) -> None:
-    with RankPool(2, env={"ROSS_HELPER_TEST": "seen"}) as ranks:
-        assert ranks.run(sum_of_ranks, 0.5) == [2.0, 2.0]
-        first = ranks.run(my_pid_and_threads)
-        assert [threads for _, threads, _ in first] == [1, 1]
-        assert [seen for _, _, seen in first] == ["seen", "seen"]
-        assert ranks.run(my_pid_and_threads) == first, "the ranks were started again for no reason"
+def test_results_settings_and_no_leftovers() -> None:
+    assert run_ranks(sum_of_ranks, 2, 0.5) == [2.0, 2.0]
+    seen = run_ranks(my_pid_and_threads, 2, env={"ROSS_HELPER_TEST": "seen"})
+    assert [rest for _, *rest in seen] == [[1, "seen"], [1, "seen"]]
+    assert all_gone([pid for pid, *_ in seen])
 
-        with pytest.raises(RankError, match=r"rank 1 of 2 failed(.|\n)*ValueError: the cat sat on rank one"):
-            ranks.run(fail_on_rank_one)
-        pids = [pid for pid, _, _ in first]
-        assert all_gone(pids), "a failed run left ranks behind"
 
-        assert ranks.run(sum_of_ranks, offset=1.0) == [3.0, 3.0], "the pool did not recover from the failure"
+def test_the_first_failure_is_reported() -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 2 failed(.|\n)*ValueError: the cat sat on rank one"):
+        run_ranks(fail_on_rank_one, 2)
 
-        child_pid_file = tmp_path / "child"
-        start = time.monotonic()
-        with pytest.raises(RankError, match=r"ranks \[0\] of 2 were not done after 3 s(.|\n)*wait_for_ever"):
-            ranks.run(hang_on_rank_zero, str(child_pid_file), timeout_s=3)
-        assert time.monotonic() - start < 15
-        assert all_gone([int(child_pid_file.read_text())]), "a process started by a rank outlived it"
+
+def test_a_rank_that_hangs_is_reported_and_killed_with_its_children(tmp_path: Path) -> None:
+    child_pid_file = tmp_path / "child"
+    with pytest.raises(RankError, match=r"ranks \[0\] of 2 were not done after 3 s(.|\n)*wait_for_ever"):
+        run_ranks(hang_on_rank_zero, 2, str(child_pid_file), timeout_s=3)
+    assert all_gone([int(child_pid_file.read_text())]), "a process started by a rank outlived it"
 
 
 def test_a_rank_that_dies_is_reported() -> None:
@@ -90,4 +86,4 @@ def test_a_rank_that_dies_is_reported() -> None:
 
 def test_no_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match="world_size is 0"):
-        RankPool(0)
+        run_ranks(sum_of_ranks, 0, 0.5)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ross.parity.compare import compare_exact, compare_tensors, compare_values
 from megatron_ross.parity.fixture import FixtureError, case_samples, load_fixture
 from tests.helpers import golden
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 
 MODEL = "qwen2_siglip"
 CASE = f"goldens/{MODEL}/case_a_single_image.safetensors"
@@ -147,12 +147,10 @@ def messages_on_ranks(rank: int, world_size: int, root: str) -> str:
 
 
 @pytest.mark.parametrize("mistake", CHECKPOINT_MISTAKES)
-def test_bad_checkpoints_are_named_on_every_rank(
-    mistake: str, fixture_copy: Path, rank_pool: Callable[[int], RankPool]
-) -> None:
+def test_bad_checkpoints_are_named_on_every_rank(mistake: str, fixture_copy: Path) -> None:
     edit, message = CHECKPOINT_MISTAKES[mistake]
     edit(fixture_copy)
-    found = rank_pool(2).run(messages_on_ranks, str(fixture_copy))
+    found = run_ranks(messages_on_ranks, 2, str(fixture_copy))
     assert all(message in text and "\n" not in text for text in found), found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,12 @@ from megatron_ross.planner.activations import ActivationModel, Shapes
 from megatron_ross.planner.buffers import bucket_size, build_buffer
 from megatron_ross.planner.memory import chunks_in_flight, rank_memory, state_memory
 from megatron_ross.planner.parameters import Parameter
-from tests.helpers.distributed import RankPool
+from tests.helpers.distributed import run_ranks
 from tests.helpers.golden import model_config
 
 STAGE_1 = TrainabilityConfig(freeze_language_model=True)
 FULL = ComputeConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 NUM_ROWS, LENGTH, NUM_LABELS = 2, 160, 40
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
 
 
 def run_of(
@@ -115,17 +108,17 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     ],
     ids=lambda value: str(value.parallel.layout) if isinstance(value, RunConfig) else value,
 )
-def test_parameters_gradients_and_optimizer_state_are_exact(name: str, run: RunConfig, ranks: RankPool) -> None:
-    measured = ranks.run(allocated, model_config(name), run)
+def test_parameters_gradients_and_optimizer_state_are_exact(name: str, run: RunConfig) -> None:
+    measured = run_ranks(allocated, 2, model_config(name), run)
     assert any(gradients > 0 for _, _, gradients, _ in measured)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("pp", [1, 2])
-def test_tied_embeddings_and_llava_are_exact(pp: int, ranks: RankPool) -> None:
+def test_tied_embeddings_and_llava_are_exact(pp: int) -> None:
     model = tied(model_config("qwen2_siglip"))
-    ranks.run(allocated, model, run_of(pp=pp, bf16=True))
-    ranks.run(allocated, dataclasses.replace(model, denoiser=None, vae=None), run_of(pp=pp))
+    run_ranks(allocated, 2, model, run_of(pp=pp, bf16=True))
+    run_ranks(allocated, 2, dataclasses.replace(model, denoiser=None, vae=None), run_of(pp=pp))
 
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
@@ -230,7 +223,7 @@ def microbatch(model: RossModelConfig):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("has_denoiser", [True, False])
 def test_activations_are_within_15_percent(
-    bf16: bool, train: TrainabilityConfig, recompute: bool, has_denoiser: bool, ranks: RankPool
+    bf16: bool, train: TrainabilityConfig, recompute: bool, has_denoiser: bool
 ) -> None:
     model = wide_model() if has_denoiser else dataclasses.replace(wide_model(), denoiser=None, vae=None)
     compute = dataclasses.replace(FULL if recompute else ComputeConfig(), bf16=bf16)
@@ -238,11 +231,11 @@ def test_activations_are_within_15_percent(
     shapes = Shapes(NUM_ROWS * LENGTH, NUM_ROWS * NUM_LABELS, NUM_ROWS, NUM_ROWS)
     layout = resolve_layout(run, model, 1)
     predicted = ActivationModel(model, run, shapes, fused_activation=False).stage(layout.stages[0])
-    assert predicted == pytest.approx(ranks.run(saved_bytes, model, run)[0], rel=0.15)
+    assert predicted == pytest.approx(run_ranks(saved_bytes, 2, model, run)[0], rel=0.15)
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_activations_are_within_15_percent(ranks: RankPool) -> None:
+def test_tensor_parallel_activations_are_within_15_percent() -> None:
     model, run = wide_model(), run_of(tp=2)
     for sequence_parallel in (False, True):
         parallel = dataclasses.replace(run.parallel, sequence_parallel=sequence_parallel)
@@ -250,7 +243,7 @@ def test_tensor_parallel_activations_are_within_15_percent(ranks: RankPool) -> N
         shapes = Shapes(NUM_ROWS * LENGTH, NUM_ROWS * NUM_LABELS, NUM_ROWS, NUM_ROWS)
         spec = resolve_layout(this, model, 2).stages[0]
         predicted = ActivationModel(model, this, shapes, fused_activation=False).stage(spec)
-        assert predicted == pytest.approx(ranks.run(saved_bytes, model, this)[0], rel=0.15)
+        assert predicted == pytest.approx(run_ranks(saved_bytes, 2, model, this)[0], rel=0.15)
 
 
 def test_memory_of_a_rank_has_every_category() -> None:
