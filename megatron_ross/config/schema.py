@@ -44,6 +44,9 @@ class ComputeConfig:
     """Arithmetic of the denoiser; published training uses fp32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Decoder layers; `auto` takes TransformerEngine's when it is installed and a GPU is used."""
+    lm_head_chunk_tokens: int = 4096
+    """Most supervised tokens of a microbatch whose logits exist at the same time; beyond, the LM head goes chunk by chunk
+    and computes its logits again in the backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

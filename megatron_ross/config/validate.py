@@ -32,6 +32,7 @@ def _check_sizes(run: RunConfig) -> None:
         "num_noise_draws": run.loss.num_noise_draws,
         "log_interval": run.training.log_interval,
     }
+        "lm_head_chunk_tokens": run.compute.lm_head_chunk_tokens,
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")

@@ -12,7 +12,6 @@ head on an earlier stage attaches its loss to the hidden states it passes on.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -26,9 +25,10 @@ from torch import Tensor
 from megatron_ross.config.layout import StageSpec
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.data.batch import RossMicrobatch
-from megatron_ross.losses import LossScales, lm_loss_sum
+from megatron_ross.losses import LossScales
 from megatron_ross.models.language import padded_vocab_size, rotary_embedding
 from megatron_ross.models.layer_specs import decoder_layer_spec, final_norm
+from megatron_ross.models.lm_head import VocabularyShard, lm_head_loss_sum
 from megatron_ross.models.reconstruction import ReconstructionHead
 from megatron_ross.models.vision_encoder import VisionEncoder
 from megatron_ross.parallel.attached_loss import attach_loss
@@ -67,6 +67,7 @@ class RossStage(MegatronModule):
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
         seed, num_noise_draws, denoiser_dtype: see `ReconstructionHead`.
+        lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RossStage(MegatronModule):
         seed: int,
         num_noise_draws: int,
         denoiser_dtype: str = "fp32",
+        lm_head_chunk_tokens: int,
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
@@ -90,6 +92,7 @@ class RossStage(MegatronModule):
         self.groups = groups
         self.is_last = is_last
         self.vp_stage = vp_stage
+        self.lm_head_chunk_tokens = lm_head_chunk_tokens
         self.input_tensor: Tensor | None = None
         self.losses = StepLosses(current_device())
         if spec.has("V"):
@@ -212,20 +215,24 @@ class RossStage(MegatronModule):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Vocabulary-parallel logits [n, v/tp] of hidden states [n, h] from `to_heads`; padded ids are -inf."""
-        logits = F.linear(rows, self.output_weight)
-        first = self.groups.tp.rank() * logits.shape[1]
-        real = self.model_config.language.vocab_size - first
-        if real < logits.shape[1]:
-            is_padding = torch.arange(logits.shape[1], device=logits.device) >= real
-            logits = logits.masked_fill(is_padding, float("-inf"))
-        return logits
+        return self._vocabulary.logits(rows, self.output_weight)
+
+    @property
+    def _vocabulary(self) -> VocabularyShard:
+        return VocabularyShard(self.groups.tp, self.model_config.language.vocab_size)
 
     def lm_loss(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
         """Summed cross entropy at supervised positions only: most positions of a sample carry no label."""
         rows = hidden.transpose(0, 1).flatten(0, 1)
         labels = batch.labels.flatten()
         positions = (labels >= 0).nonzero().squeeze(1)
-        return lm_loss_sum(self.logits(rows[positions]), labels[positions])
+        return lm_head_loss_sum(
+            rows[positions],
+            self.output_weight,
+            labels[positions],
+            self._vocabulary,
+            chunk_tokens=self.lm_head_chunk_tokens,
+        )
 
 
 def _packed_seq_params(batch: RossMicrobatch) -> PackedSeqParams | None:

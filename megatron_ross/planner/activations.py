@@ -122,11 +122,22 @@ class ActivationModel:
         per_token = 8 * vision.hidden_size + 2 * vision.hf_config["intermediate_size"]
         return self.element * vision.num_image_tokens * per_token
 
+    @property
+    def head_is_chunked(self) -> bool:
+        """The LM head makes its logits chunk by chunk, and again in backward."""
+        return self.shapes.supervised_tokens > self.run.compute.lm_head_chunk_tokens
+
+    @property
+    def logits_tokens(self) -> float:
+        """Supervised positions whose logits exist at the same time."""
+        return min(self.shapes.supervised_tokens, self.run.compute.lm_head_chunk_tokens)
+
     def head(self) -> float:
-        """Supervised rows and their softmax in fp32."""
+        """Supervised rows, and their softmax in fp32 or, chunked, their log-sum-exp, label and position."""
         language = self.model.language
-        rows = self.element * language.hidden_size * self.trained.language
-        return self.shapes.supervised_tokens * (rows + 4 * language.vocab_size / self.tp)
+        rows = self.element * language.hidden_size * (self.trained.language or self.head_is_chunked)
+        scores = 4 + 8 if self.head_is_chunked else 4 * language.vocab_size / self.tp
+        return self.shapes.supervised_tokens * (rows + scores)
 
     def denoiser(self) -> float:
         """Blocks, final layer, condition, and the copies of bf16 weights that an fp32 denoiser computes with."""

@@ -88,7 +88,7 @@ def _workspace(activations: ActivationModel, spec: StageSpec) -> float:
     if spec.num_layers:
         needs.append(6 * activations.element * shapes.tokens * model.language.ffn_hidden_size / tp)
     if spec.has("H"):
-        needs.append(shapes.supervised_tokens * model.language.vocab_size / tp * (4 + activations.element))
+        needs.append(activations.logits_tokens * model.language.vocab_size / tp * (4 + activations.element))
     if spec.has("D") and model.denoiser is not None and model.vae is not None:
         images = images_on_busiest_rank(shapes.reconstructed_images, tp)
         rows = images * model.vision.num_image_tokens * activations.run.loss.num_noise_draws

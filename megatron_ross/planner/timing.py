@@ -80,7 +80,7 @@ class CostModel:
             "t": self._with_recompute(
                 _at_least(LAUNCH_SECONDS, self._time("decoder", layer * (1 / self.tp))) + self._tensor_parallel()
             ),
-            "H": self._time("head", flops["head"] * (1 / self.tp)),
+            "H": self._head(self._time("head", flops["head"] * (1 / self.tp))),
             "E": Seconds(),
             "N": Seconds(),
             "D": Seconds(),
@@ -110,6 +110,11 @@ class CostModel:
     def _with_recompute(self, layer: Seconds) -> Seconds:
         repeats = self.run.compute.recompute_granularity == "full" and layer.backward > 0
         return Seconds(layer.forward, layer.backward + layer.forward * repeats)
+
+    def _head(self, whole: Seconds) -> Seconds:
+        """A chunked LM head computes its logits twice."""
+        repeats = self.microbatch.supervised_tokens > self.run.compute.lm_head_chunk_tokens
+        return Seconds(whole.forward, whole.backward + whole.forward * repeats)
 
     def _tensor_parallel(self) -> Seconds:
         """Two all-reduces each way per layer (or reduce-scatter and all-gather: the same bytes)."""

@@ -36,6 +36,7 @@ def build_stages(
             seed=run.loss.seed,
             num_noise_draws=run.loss.num_noise_draws,
             denoiser_dtype=run.compute.denoiser_dtype,
+            lm_head_chunk_tokens=run.compute.lm_head_chunk_tokens,
         )
         for chunk, spec in enumerate(chunks)
     ]

@@ -235,6 +235,24 @@ def test_activations_are_within_15_percent(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("train", [TrainabilityConfig(), STAGE_1], ids=["stage2", "stage1"])
+def test_activations_with_a_chunked_head_are_within_15_percent(train: TrainabilityConfig) -> None:
+    """Of a head with a vocabulary so large that its logits would be most of what is kept."""
+    model = dataclasses.replace(wide_model(), denoiser=None, vae=None)
+    model = dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=40_000, num_layers=1))
+    shapes = Shapes(NUM_ROWS * LENGTH, NUM_ROWS * NUM_LABELS, NUM_ROWS, NUM_ROWS)
+    kept = {}
+    for chunk_tokens in (16, 4096):
+        run = run_of(train=train, lm_head_chunk_tokens=chunk_tokens)
+        layout = resolve_layout(run, model, 1)
+        activations = ActivationModel(model, run, shapes, fused_activation=False)
+        kept[chunk_tokens] = activations.stage(layout.stages[0])
+        assert kept[chunk_tokens] == pytest.approx(run_ranks(saved_bytes, 1, model, run)[0], rel=0.15)
+        assert activations.logits_tokens == min(chunk_tokens, NUM_ROWS * NUM_LABELS)
+    assert kept[16] < 0.6 * kept[4096]
+
+
+@pytest.mark.distributed
 def test_tensor_parallel_activations_are_within_15_percent() -> None:
     model, run = wide_model(), run_of(tp=2)
     for sequence_parallel in (False, True):
