@@ -108,8 +108,11 @@ class DataConfig:
     """Where samples come from and how they are batched."""
 
     data_path: str = ""
-    """LLaVA-format JSON or JSONL."""
+    """LLaVA-format JSON or JSONL, or WebDataset tars ("shards/{000000..000099}.tar"); local, or a URL of fsspec."""
     image_folder: str = ""
+    """Where the image names of a JSON file start."""
+    blend: list[dict[str, Any]] = field(default_factory=list)
+    """Several sources instead of data_path: a list of {data_path, image_folder, weight or epochs}; see docs/data.md."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] = "qwen_2"
     seq_length: int = 2048
     """Longest sample in tokens, images included; longer ones are truncated."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_ross.config.blend import DataSource, data_sources
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
 from megatron_ross.config.model import RossModelConfig
+from megatron_ross.config.paths import expand_braces, is_url
 from megatron_ross.config.schema import RunConfig
 
 
@@ -30,9 +32,9 @@ def _check_sizes(run: RunConfig) -> None:
         "global_batch_size": run.data.global_batch_size,
         "seq_length": run.data.seq_length,
         "num_noise_draws": run.loss.num_noise_draws,
+        "lm_head_chunk_tokens": run.compute.lm_head_chunk_tokens,
         "log_interval": run.training.log_interval,
     }
-        "lm_head_chunk_tokens": run.compute.lm_head_chunk_tokens,
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")
@@ -58,18 +60,28 @@ def _check_world(run: RunConfig, world_size: int) -> None:
 
 
 def _check_paths(run: RunConfig) -> None:
-    data = run.data
-    if not data.data_path:
-        raise ConfigError("data_path='': name the LLaVA-format JSON file to train on")
-    if not Path(data.data_path).is_file():
-        raise ConfigError(f"data_path={data.data_path!r}: no such file")
-    if data.image_folder and not Path(data.image_folder).is_dir():
-        raise ConfigError(
-            f"image_folder={data.image_folder!r}: no such folder; give the root of the image paths in data_path"
-        )
+    try:
+        sources = data_sources(run.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for source in sources:
+        _check_source(source)
     if not run.training.load and not run.training.init_from:
         raise ConfigError(
             "init_from='': name a checkpoint to start from (tools/convert_hf_to_megatron.py makes one), or load"
+        )
+
+
+def _check_source(source: DataSource) -> None:
+    """Its local files exist; what a URL names is found out when it is opened."""
+    for path in expand_braces(source.data_path):
+        if not is_url(path) and not Path(path).is_file():
+            raise ConfigError(f"{source.prefix}data_path={path!r}: no such file")
+    folder = source.image_folder
+    if folder and not is_url(folder) and not Path(folder).is_dir():
+        raise ConfigError(
+            f"{source.prefix}image_folder={folder!r}: no such folder; give the root of the image paths in "
+            f"{source.prefix}data_path"
         )
 
 

@@ -220,10 +220,11 @@ class ConcatDataset:
             raise ValueError("all data sets of a blend must process images alike")
         self.datasets = list(datasets)
         self.image_processor = datasets[0].image_processor
-        self._ends = list(itertools.accumulate(len(d) for d in datasets))
+        self.ends = list(itertools.accumulate(len(d) for d in datasets))
+        """One past the last sample id of each data set."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> RossSample:
         dataset, local = self._locate(index)
@@ -250,8 +251,8 @@ class ConcatDataset:
     def _locate(self, index: int) -> tuple[RossDataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a data set of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        return self.datasets[number], index - (self._ends[number] - len(self.datasets[number]))
+        number = bisect.bisect_right(self.ends, index)
+        return self.datasets[number], index - (self.ends[number] - len(self.datasets[number]))
 
 
 def expand_images(

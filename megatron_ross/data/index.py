@@ -23,6 +23,8 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 
+from megatron_ross.config.paths import is_url
+
 CACHE_ABOVE_BYTES = 32 * 2**20
 """Smaller files are indexed at every start, which takes less than a second."""
 
@@ -35,11 +37,6 @@ _BETWEEN = re.compile(r"[\s,]*")
 def default_cache_folder() -> Path:
     """Node-local: `$XDG_CACHE_HOME/megatron_ross`, or `~/.cache/megatron_ross`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ross"
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether fsspec should open it ("s3://...", "gs://...", "memory://...")."""
-    return isinstance(path, str) and "://" in path
 
 
 class RecordFile(Sequence[Any]):

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,6 +85,7 @@ class RossLoader:
         num_workers: int = 4,
         decoder: PixelDecoder | None = None,
         bad_samples: BadSamplePolicy | None = None,
+        source_ends: Sequence[int] = (),
     ):
         """
         Args:
@@ -95,6 +97,7 @@ class RossLoader:
             num_workers: threads that decode images with Pillow.
             decoder: replaces Pillow. The loader closes it.
             bad_samples: skip broken samples by this policy; None stops the run at the first one.
+            source_ends: one past the last sample id of each source of a blend, to count what each contributes.
 
         Raises:
             ValueError: sizes that do not divide, or an order made for another data set.
@@ -117,6 +120,7 @@ class RossLoader:
         self._prefetch = prefetch
         self._step_pool = ThreadPoolExecutor(1, thread_name_prefix="ross-step")
         self._decoder = decoder or PillowDecoder(num_workers)
+        self._source_ends = np.asarray(source_ends, dtype=np.int64)
         self._quarantine = Quarantine(bad_samples) if bad_samples is not None else None
         self._pending: deque[Future[_Step]] = deque()
         self.wait_s = 0.0
@@ -149,6 +153,11 @@ class RossLoader:
     def bad_sample_counts(self) -> dict[str, int]:
         """Samples so far by status (bad, mismatch, images_cut), over all ranks; for the log."""
         return dict(self._quarantine.counts) if self._quarantine is not None else {}
+
+    @property
+    def consumed_by_source(self) -> list[int]:
+        """Samples consumed so far from each source of a blend; empty without `source_ends`."""
+        return self._by_source.tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """Position, digest of all (epoch, sample id) consumed so far, and counts; the same on every rank."""
@@ -186,6 +195,7 @@ class RossLoader:
     def _reset_position(self) -> None:
         self.consumed_sequences = 0
         self.consumed_samples = 0
+        self._by_source = np.zeros(len(self._source_ends), dtype=np.int64)
         self._digest = hashlib.blake2b(digest_size=16)
 
     def _advance(self, stop: int) -> None:
@@ -193,6 +203,9 @@ class RossLoader:
         self._digest.update(keys.astype("<i8").tobytes())
         self.consumed_sequences = stop
         self.consumed_samples += len(keys)
+        if len(self._source_ends):
+            sources = np.searchsorted(self._source_ends, keys[:, 1], side="right")
+            self._by_source += np.bincount(sources, minlength=len(self._source_ends))
 
     def _fill(self, depth: int) -> None:
         while len(self._pending) < depth:

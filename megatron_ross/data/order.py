@@ -8,6 +8,7 @@ that it does not change with the version of any library.
 from __future__ import annotations
 
 import bisect
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -87,22 +88,33 @@ def with_epoch(ids: np.ndarray, epoch: int) -> np.ndarray:
 class GroupedOrder(SampleOrder):
     """The published order (`group_by_modality_length`): batches of one kind (image, text), of similar length."""
 
-    def __init__(self, modality_lengths: Sequence[int], seed: int = 0, *, batch_size: int, world_size: int):
+    def __init__(
+        self,
+        modality_lengths: Sequence[int],
+        seed: int = 0,
+        *,
+        batch_size: int,
+        world_size: int,
+        base: SampleOrder | None = None,
+    ):
         """
         Args:
             modality_lengths: approximate length of every sample, negative for text-only ones, never 0.
             batch_size: samples per device and micro-batch of the run that is imitated.
             world_size: its devices times gradient accumulation steps; part of the order, not of this run's layout.
+            base: which samples an epoch has (a `BlendedOrder`); None takes each once.
         """
         super().__init__(len(modality_lengths), seed)
-        self._lengths = list(modality_lengths)
+        self._lengths = np.asarray(modality_lengths, dtype=np.int64)
+        self._base = base or SampleOrder(len(modality_lengths), seed, shuffle=False)
         self._batch_size = batch_size
         self._world_size = world_size
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(int(_mix(np.array([self.seed * 2**32 + epoch]))[0] >> np.uint64(1)))
-        ids = grouped_indices(self._lengths, self._batch_size, self._world_size, generator)
-        return with_epoch(np.array(ids, dtype=np.int64), epoch)
+        keys = self._base.epoch_keys(epoch)
+        places = grouped_indices(self._lengths[keys[:, 1]].tolist(), self._batch_size, self._world_size, generator)
+        return keys[places]
 
 
 class BlendedOrder(SampleOrder):
@@ -123,17 +135,22 @@ class BlendedOrder(SampleOrder):
         self._offsets = np.cumsum([0, *num_samples])
         self._sources = [SampleOrder(n, seed + i) for i, n in enumerate(num_samples)]
         self._epochs = list(epochs)
-        if not sum(int(e * n) for e, n in zip(epochs, num_samples, strict=True)):
+        if not sum(_whole(e * n) for e, n in zip(epochs, num_samples, strict=True)):
             raise ValueError(f"the blend is empty: epochs {list(epochs)} of sources of {list(num_samples)} samples")
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         parts = []
         for source, passes, offset in zip(self._sources, self._epochs, self._offsets[:-1], strict=True):
             share = passes * source.num_samples
-            keys = source.keys(int(epoch * share), int((epoch + 1) * share))
+            keys = source.keys(_whole(epoch * share), _whole((epoch + 1) * share))
             parts.append(keys + np.array([0, offset]))
         joined = np.concatenate(parts)
         return joined[hashed_permutation(len(joined), self.seed, epoch)]
+
+
+def _whole(number: float) -> int:
+    """Rounded down, but 3 * (1 / 3 - rounding error) is 1."""
+    return math.floor(number + 1e-6)
 
 
 def epochs_from_weights(num_samples: Sequence[int], weights: Sequence[float]) -> list[float]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import fsspec
 
+from megatron_ross.config.paths import is_url
 from megatron_ross.data.errors import ImageError, RecordError
-from megatron_ross.data.index import is_url
 
 ROLES = ("human", "gpt")
 

@@ -22,23 +22,12 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 
+from megatron_ross.config.paths import is_url
 from megatron_ross.data.errors import ImageError, RecordError
-from megatron_ross.data.index import default_cache_folder, is_url, locked, write_atomically
+from megatron_ross.data.index import default_cache_folder, locked, write_atomically
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "img"}
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`"a-{08..11}.tar"` -> a-08.tar ... a-11.tar; several ranges multiply; other names stay as they are."""
-    match = _RANGE.search(pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    width = len(first)
-    numbers = (f"{n:0{width}}" for n in range(int(first), int(last) + 1))
-    return [name for n in numbers for name in expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
 class ShardFile:

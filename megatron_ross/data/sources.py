@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_ross.config.paths import expand_braces
 from megatron_ross.data.errors import ImageError
 from megatron_ross.data.index import RecordFile
 from megatron_ross.data.records import ImageRoot
-from megatron_ross.data.shards import ShardFile, expand_braces
+from megatron_ross.data.shards import ShardFile
 
 PathLike = str | os.PathLike[str]
 

@@ -8,52 +8,75 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ross.config.blend import data_sources
 from megatron_ross.config.model import VisionConfig
 from megatron_ross.config.schema import DataConfig, RunConfig
-from megatron_ross.data.dataset import RossDataset
+from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.decoders import PixelDecoder
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.lengths import token_lengths
 from megatron_ross.data.loader import RossLoader
-from megatron_ross.data.order import GroupedOrder, SampleOrder
+from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights
 from megatron_ross.data.packing import PackedOrder
 from megatron_ross.data.quarantine import BadSamplePolicy
 from megatron_ross.data.tokenizer import load_tokenizer
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
 
+TrainingSet = RossDataset | ConcatDataset
 
-def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> RossDataset:
+
+def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
     """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower."""
-    return RossDataset(
-        run.data.data_path,
-        run.data.image_folder or None,
-        load_tokenizer(assets),
-        run.data.template,
-        ImageProcessor.from_config(vision),
-        vision.num_image_tokens,
-        run.data.seq_length,
-        reference=run.loss.loss_mode == "reference",
-    )
+    tokenizer = load_tokenizer(assets)
+    datasets = [
+        RossDataset(
+            source.data_path,
+            source.image_folder or None,
+            tokenizer,
+            run.data.template,
+            ImageProcessor.from_config(vision),
+            vision.num_image_tokens,
+            run.data.seq_length,
+            reference=run.loss.loss_mode == "reference",
+        )
+        for source in data_sources(run.data)
+    ]
+    return ConcatDataset(datasets) if run.data.blend else datasets[0]
 
 
-def build_order(run: RunConfig, dataset: RossDataset) -> SampleOrder:
+def build_order(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
     """The global order of sequences; the same on every rank and for every data-parallel size."""
     data, seed = run.data, run.loss.seed
+    blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
+    order: SampleOrder
     if data.group_by_modality_length:
         num_microbatches = data.global_batch_size // data.micro_batch_size
-        order: SampleOrder = GroupedOrder(
-            dataset.modality_lengths, seed, batch_size=data.micro_batch_size, world_size=num_microbatches
+        order = GroupedOrder(
+            dataset.modality_lengths, seed, batch_size=data.micro_batch_size, world_size=num_microbatches, base=blend
         )
     else:
-        order = SampleOrder(len(dataset), seed)
+        order = blend or SampleOrder(len(dataset), seed)
     if data.packing:
         return PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
     return order
 
 
+def _blended(run: RunConfig, dataset: ConcatDataset) -> BlendedOrder:
+    sources = data_sources(run.data)
+    sizes = [len(part) for part in dataset.datasets]
+    weights = [source.weight for source in sources if source.weight is not None]
+    epochs = [source.epochs for source in sources if source.epochs is not None]
+    return BlendedOrder(sizes, epochs_from_weights(sizes, weights) if weights else epochs, run.loss.seed)
+
+
+def source_names(data: DataConfig) -> list[str]:
+    """One short name per source of a blend, for metrics: its number and its file's name."""
+    return [f"{i}_{Path(source.data_path).stem}" for i, source in enumerate(data_sources(data))] if data.blend else []
+
+
 def build_loader(
-    run: RunConfig, dataset: RossDataset, order: SampleOrder, groups: ParallelGroups, *, needs_pixels: bool
+    run: RunConfig, dataset: TrainingSet, order: SampleOrder, groups: ParallelGroups, *, needs_pixels: bool
 ) -> RossLoader:
     """This rank's loader. Metadata is the same on all ranks of a replica; pixels only where a stage needs them."""
     data, tp_size = run.data, groups.tp.size()
@@ -74,6 +97,7 @@ def build_loader(
         num_workers=data.num_workers,
         decoder=_decoder(data, dataset.image_processor) if needs_pixels else None,
         bad_samples=_bad_sample_policy(run),
+        source_ends=dataset.ends if isinstance(dataset, ConcatDataset) else (),
     )
 
 

@@ -33,6 +33,8 @@ class IntervalMetrics:
     data_wait_seconds: float  # per iteration
     memory_gib: float  # peak of this rank: GPU allocations, or resident memory on CPU
     skipped_iterations: int
+    bad_samples: dict[str, int]  # since the run's start, by status: bad (skipped), mismatch (masked), images_cut
+    samples_by_source: dict[str, int]  # consumed since the run's start from each source of a blend
 
 
 class Interval:
@@ -62,7 +64,16 @@ class Interval:
         self._flops += flops
         self._data_wait += wait
 
-    def take(self, *, iteration: int, consumed_samples: int, learning_rate: float, skipped: int) -> IntervalMetrics:
+    def take(
+        self,
+        *,
+        iteration: int,
+        consumed_samples: int,
+        learning_rate: float,
+        skipped: int,
+        bad_samples: dict[str, int],
+        samples_by_source: dict[str, int],
+    ) -> IntervalMetrics:
         """Metrics since the last call; starts a new interval."""
         seconds = time.perf_counter() - self._begin
         lm_loss, recon_loss, grad_norm = (sum(values) / len(self._steps) for values in zip(*self._steps, strict=True))
@@ -80,6 +91,8 @@ class Interval:
             data_wait_seconds=self._data_wait / len(self._steps),
             memory_gib=_peak_memory_gib(),
             skipped_iterations=skipped,
+            bad_samples=bad_samples,
+            samples_by_source=samples_by_source,
         )
         self.__init__()  # type: ignore[misc]
         return metrics
@@ -122,10 +135,10 @@ class RunLog:
             self._jsonl.write(json.dumps(_finite_or_text(asdict(metrics))) + "\n")
             self._jsonl.flush()
         if self._tensorboard is not None:
-            for name, value in asdict(metrics).items():
+            for name, value in _scalars(metrics).items():
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics.iteration)
         if self._wandb is not None:
-            self._wandb.log({f"train/{k}": v for k, v in asdict(metrics).items()}, step=metrics.iteration)
+            self._wandb.log({f"train/{k}": v for k, v in _scalars(metrics).items()}, step=metrics.iteration)
 
     def close(self) -> None:
         for sink, method in ((self._jsonl, "close"), (self._tensorboard, "close"), (self._wandb, "finish")):
@@ -140,7 +153,16 @@ def _line(m: IntervalMetrics, train_iters: int) -> str:
         f"lr {m.learning_rate:.3e} | samples/s {m.samples_per_second:.1f} | tokens/s {m.tokens_per_second:.0f} | "
         f"TFLOP/s/rank {m.tflops_per_rank:.3g} | ms/iteration {m.seconds_per_iteration * 1e3:.0f} | "
         f"data wait ms {m.data_wait_seconds * 1e3:.0f} | memory GiB {m.memory_gib:.2f} | skipped {m.skipped_iterations}"
+        + "".join(f" | {name} samples {count}" for name, count in sorted(m.bad_samples.items()))
     )
+
+
+def _scalars(metrics: IntervalMetrics) -> dict[str, float]:
+    """Numbers by name; those of a dictionary as `name/key`."""
+    scalars: dict[str, float] = {}
+    for name, value in asdict(metrics).items():
+        scalars |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return scalars
 
 
 def _finite_or_text(values: dict[str, Any]) -> dict[str, Any]:

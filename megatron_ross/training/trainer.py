@@ -24,7 +24,7 @@ from megatron_ross.planner.flops import step_flops
 from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
-from megatron_ross.training.data import build_dataset, build_loader, build_order
+from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.start import is_resume, start_path
@@ -138,6 +138,8 @@ class Trainer:
             consumed_samples=self.loader.consumed_samples,
             learning_rate=self.learning_rate,
             skipped=self.skipped,
+            bad_samples=self.loader.bad_sample_counts,
+            samples_by_source=dict(zip(source_names(self.run.data), self.loader.consumed_by_source, strict=True)),
         )
         self.last_losses = {"lm_loss": metrics.lm_loss, "recon_loss": metrics.recon_loss}
         if log is not None:

@@ -108,3 +108,32 @@ def test_weights_become_epochs():
 def test_impossible_blends(sizes, epochs):
     with pytest.raises(ValueError, match="blend"):
         BlendedOrder(sizes, epochs)
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [3, 1], [0, 1], [0.7, 0.1]])
+def test_weights_are_shares_of_an_epoch(weights):
+    sizes = [100, 300]
+    order = BlendedOrder(sizes, epochs_from_weights(sizes, weights), seed=1)
+    for epoch in range(3):
+        ids = order.epoch_ids(epoch)
+        assert len(ids) == pytest.approx(sum(sizes), abs=1)
+        assert (ids < 100).mean() == pytest.approx(weights[0] / sum(weights), abs=0.005)
+
+
+def test_shares_that_do_not_divide_lose_no_sample():
+    """A third of an epoch is not a binary number; after three of them every sample has come exactly once."""
+    order = BlendedOrder([10, 30], [1 / 3, 1 / 3], seed=0)
+    ids = np.concatenate([order.epoch_ids(e) for e in range(3)])
+    assert sorted(ids.tolist()) == list(range(40))
+
+
+def test_grouped_order_of_a_blend():
+    """Grouping changes the order of a blend's samples, not which they are."""
+    lengths = [(-1) ** i * (5 + i % 13) for i in range(96)]
+    blend = BlendedOrder([32, 64], [2.0, 0.5], seed=5)
+    order = GroupedOrder(lengths, seed=5, batch_size=2, world_size=4, base=blend)
+    for epoch in range(2):
+        keys, plain = order.epoch_keys(epoch), blend.epoch_keys(epoch)
+        assert sorted(map(tuple, keys.tolist())) == sorted(map(tuple, plain.tolist()))
+        kinds = [{lengths[i] > 0 for i in keys[b : b + 8, 1]} for b in range(0, 80, 8)]
+        assert all(len(kind) == 1 for kind in kinds)

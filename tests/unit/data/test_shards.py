@@ -10,12 +10,13 @@ import pytest
 import torch
 import webdataset
 
+from megatron_ross.config.paths import expand_braces
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.errors import SampleError
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder
-from megatron_ross.data.shards import ShardFile, expand_braces, write_sample
+from megatron_ross.data.shards import ShardFile, write_sample
 
 
 def _open(path, qwen, processor, cache, template="qwen_2"):
