@@ -36,7 +36,8 @@ def model_sharded_state(stage: RossStage) -> ShardedStateDict:
     if stage.spec.has("D"):
         head = stage.reconstruction
         state |= _replicated(head.denoiser, "reconstruction.denoiser.", "denoiser.", groups)
-        state |= _replicated(head.latent_encoder.vae, "reconstruction.latent_encoder.vae.", "vae.", groups)
+        if head.latent_encoder is not None:
+            state |= _replicated(head.latent_encoder.vae, "reconstruction.latent_encoder.vae.", "vae.", groups)
     if stage.spec.has("H") and stage.output_layer.weight is not None:
         state |= _output_layer(stage, metadata)
     return {name: value for name, value in state.items() if not _is_empty_object(value)}

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, resolve_checkpoint, write_latest
 from megatron_ross.checkpoint.model_state import load_model_state, model_sharded_state
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from megatron_ross.checkpoint.reader import read_index
+from megatron_ross.checkpoint.reader import open_checkpoint, read_index
+from megatron_ross.checkpoint.vae import vae_sharded_state
 from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 
@@ -45,8 +46,11 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler,
     progress: dict[str, Any],
     groups: ParallelGroups,
+    source: Path | None = None,
 ) -> Path:
     """Write ROOT/iter_N with weights, optimizer, schedule and `progress` (the same plain values on every rank).
+
+    `source` is the checkpoint that frozen weights come from which the run did not load: a VAE whose latents are cached.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; nothing of the failed checkpoint remains.
@@ -55,7 +59,7 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + ".incomplete")
     model_state = _merged_model_state(stages)
     state = {
-        **(model_state if manifest.base is None else _trainable(model_state)),
+        **(model_state | _absent_vae(source, stages) if manifest.base is None else _trainable(model_state)),
         "optimizer": optimizer_sharded_state(optimizer, model_state, groups.dp, is_loading=False),
         "scheduler": scheduler.state_dict(),
         "progress": progress,
@@ -69,6 +73,21 @@ def save_checkpoint(
     _raise_together(error, f"write checkpoint {directory}", cleanup=partial)
     _run_on_rank_0(lambda: _publish(partial, directory, manifest, assets), f"publish checkpoint {directory}")
     return directory
+
+
+def _absent_vae(source: Path | None, stages: list[RossStage]) -> ShardedStateDict:
+    """The VAE's tensors, read from `source` by ranks whose reconstruction loss works without it."""
+    if source is None:
+        return {}
+    state: ShardedStateDict = {}
+    error: BaseException | None = None
+    try:
+        if any(stage.spec.has("D") for stage in stages):
+            state["vae"] = vae_sharded_state(open_checkpoint(source), stages[0].groups)
+    except (ValueError, OSError) as caught:
+        error = caught
+    _raise_together(error, f"read the VAE from {source}")
+    return state
 
 
 def _trainable(model_state: ShardedStateDict) -> ShardedStateDict:

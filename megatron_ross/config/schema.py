@@ -45,8 +45,8 @@ class ComputeConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Decoder layers; `auto` takes TransformerEngine's when it is installed and a GPU is used."""
     lm_head_chunk_tokens: int = 4096
-    """Most supervised tokens of a microbatch whose logits exist at the same time; beyond, the LM head goes chunk by chunk
-    and computes its logits again in the backward pass."""
+    """Most supervised tokens of a microbatch whose logits exist at the same time; beyond, the LM head goes chunk by
+    chunk and computes its logits again in the backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
@@ -126,6 +126,8 @@ class DataConfig:
     """Samples that packing may choose from."""
     image_decoder: Literal["pillow", "dali"] = "pillow"
     """`pillow` is exactly the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
+    latent_cache: str = ""
+    """Folder of VAE moments that tools/cache_latents.py wrote: training reads them and loads no VAE."""
     num_workers: int = 4
     """Threads per rank that decode images."""
     max_bad_sample_share: float = 0.01

@@ -22,6 +22,7 @@ class ImageSpan:
     load_pixels: Callable[[], Tensor]  # -> float32 [3, P, P], normalised as the vision tower wants it
     reconstruct: bool = True  # False: the image is seen by the language model but not reconstructed
     read_bytes: Callable[[], bytes] | None = None  # the undecoded file, for decoders that do more than one at a time
+    name: str = ""  # record and file, for messages
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class RossMicrobatch:
     """What every pipeline stage of a data-parallel replica sees of one microbatch.
 
     Images are ordered as they appear: by sequence, then by position. Only the ranks that need pixels get them:
-    `pixels` holds this rank's tensor-parallel share (see `parallel/shares.py`), or is None.
+    `pixels` holds this rank's tensor-parallel share (see `parallel/shares.py`), or is None. `latents` holds the same
+    share's VAE posterior moments (mean, log variance) where they come from a cache; zeros for images of weight 0.
 
     With `reference_dummy_images` a text-only sample adds one dummy image (all-zero pixels) at its place in the order:
     it counts in n, `pixels`, `noise_keys` and has weight 1, but recon_start is -1 and `image_mask` has no place for it.
@@ -72,6 +74,7 @@ class RossMicrobatch:
     noise_keys: Tensor  # int64 [n, 3]: epoch, sample id, image index
     sample_ids: list[int]
     pixels: Tensor | None = None  # float32 [n_share, 3, P, P]
+    latents: Tensor | None = None  # float16 [n_share, 2, C, 2 * n_grid, 2 * n_grid]
     draws: NoiseDraws | None = None
     cu_seqlens: Tensor | None = None  # int32 [num_samples + 1] when samples are packed (b == 1)
     max_seqlen: int | None = None

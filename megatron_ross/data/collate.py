@@ -7,6 +7,7 @@ rank of a replica, so nothing needs to be broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from megatron_ross.data.batch import ImageSpan, RossMicrobatch, RossSample
 
 PixelLoader = Callable[[Sequence[ImageSpan]], list[Tensor]]
 """Pixels (float32 [3, P, P]) of several images; may decode them in parallel."""
+
+
+@dataclass(frozen=True)
+class LatentLoader:
+    """Reads VAE posterior moments, float16 of `shape` [2, C, 2g, 2g] per image; None stands for the dummy image."""
+
+    shape: tuple[int, ...]
+    load: Callable[[Sequence[ImageSpan | None]], list[Tensor]]
 
 
 def load_one_by_one(spans: Sequence[ImageSpan]) -> list[Tensor]:
@@ -39,6 +48,7 @@ def collate(
     want_pixels: bool = True,
     reference_dummy_images: bool = False,
     load: PixelLoader = load_one_by_one,
+    latents: LatentLoader | None = None,
 ) -> RossMicrobatch:
     """One sample per row, right-padded.
 
@@ -49,6 +59,7 @@ def collate(
         want_pixels: False on ranks that run neither the tower nor the VAE.
         reference_dummy_images: a text-only sample adds a dummy image (see RossMicrobatch), and of several images
             only a sample's first is reconstructed.
+        latents: reads moments of this rank's share; None on ranks without the VAE's place, or if they are not cached.
 
     Raises:
         ValueError: a sample is longer than `seq_length`.
@@ -59,9 +70,11 @@ def collate(
     offsets = [row * seq_length for row in range(len(samples))]
     batch = _assemble(ids, labels, samples, offsets, reference_dummy_images)
     batch.position_ids = torch.arange(seq_length).repeat(len(samples), 1)
+    share, slots = image_share(batch.num_images, tp_rank, tp_size), _image_slots(samples, reference_dummy_images)
     if want_pixels:
-        batch.pixels = _load_share(samples, reference_dummy_images, image_share(batch.num_images, tp_rank, tp_size),
-                                   image_size, load)  # fmt: skip
+        batch.pixels = _load_share([slots[i] for i in share], image_size, load)
+    if latents is not None:
+        batch.latents = _load_latents([slots[i] for i in share], batch.recon_weight[share.start : share.stop], latents)
     return batch
 
 
@@ -75,6 +88,7 @@ def collate_packed(
     want_pixels: bool = True,
     reference_dummy_images: bool = False,
     load: PixelLoader = load_one_by_one,
+    latents: LatentLoader | None = None,
 ) -> RossMicrobatch:
     """Several packs of several samples in one row (b = 1, s = len(packs) * seq_length).
 
@@ -103,9 +117,11 @@ def collate_packed(
     batch.position_ids = torch.cat([torch.arange(int(n)) for n in lengths])[None]
     batch.cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     batch.max_seqlen = int(lengths.max())
+    share, slots = image_share(batch.num_images, tp_rank, tp_size), _image_slots(samples, reference_dummy_images)
     if want_pixels:
-        batch.pixels = _load_share(samples, reference_dummy_images, image_share(batch.num_images, tp_rank, tp_size),
-                                   image_size, load)  # fmt: skip
+        batch.pixels = _load_share([slots[i] for i in share], image_size, load)
+    if latents is not None:
+        batch.latents = _load_latents([slots[i] for i in share], batch.recon_weight[share.start : share.stop], latents)
     return batch
 
 
@@ -155,18 +171,29 @@ def _assemble(
     )
 
 
-def _load_share(
-    samples: Sequence[tuple[int, RossSample]], dummies: bool, share: range, image_size: int, load: PixelLoader
-) -> Tensor:
-    """float32 [n_share, 3, P, P]; dummy images stay zero."""
-    spans: list[ImageSpan | None] = []
+def _image_slots(samples: Sequence[tuple[int, RossSample]], dummies: bool) -> list[ImageSpan | None]:
+    """Images in the order of a microbatch; None is a dummy image."""
+    slots: list[ImageSpan | None] = []
     for _, sample in samples:
-        spans += sample.images or ([None] if dummies else [])
-    mine = [(i, spans[j]) for i, j in enumerate(share)]
-    real = [(i, span) for i, span in mine if span is not None]
+        slots += sample.images or ([None] if dummies else [])
+    return slots
+
+
+def _load_share(slots: Sequence[ImageSpan | None], image_size: int, load: PixelLoader) -> Tensor:
+    """float32 [n_share, 3, P, P]; dummy images stay zero."""
+    real = [(i, span) for i, span in enumerate(slots) if span is not None]
     loaded = load([span for _, span in real])
     device = loaded[0].device if loaded else None  # a decoder may leave pixels on the GPU
-    pixels = torch.zeros(len(mine), 3, image_size, image_size, device=device)
+    pixels = torch.zeros(len(slots), 3, image_size, image_size, device=device)
     for (i, _), image in zip(real, loaded, strict=True):
         pixels[i] = image
     return pixels
+
+
+def _load_latents(slots: Sequence[ImageSpan | None], weights: Tensor, latents: LatentLoader) -> Tensor:
+    """float16 [n_share, 2, C, 2g, 2g]; images that are not reconstructed stay zero."""
+    wanted = (weights > 0).nonzero().flatten().tolist()
+    moments = torch.zeros(len(slots), *latents.shape, dtype=torch.float16)
+    for i, loaded in zip(wanted, latents.load([slots[i] for i in wanted]), strict=True):
+        moments[i] = loaded
+    return moments

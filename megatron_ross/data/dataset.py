@@ -191,6 +191,7 @@ class RossDataset:
             number,
             load_pixels=functools.partial(self._load_pixels, index, number, name, record.where),
             read_bytes=functools.partial(self.read_image, index, number, name),
+            name=f"{record.where}: image {name!r}",
         )
 
     def _load_pixels(self, index: int, number: int, name: str, where: str) -> Tensor:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from megatron_ross.data.batch import ImageSpan, RossMicrobatch, RossSample
-from megatron_ross.data.collate import collate, collate_packed
+from megatron_ross.data.collate import LatentLoader, collate, collate_packed
 from megatron_ross.data.decoders import PillowDecoder, PixelDecoder
-from megatron_ross.data.errors import SampleError
+from megatron_ross.data.errors import ImageError, SampleError
 from megatron_ross.data.images import ImageProcessor
+from megatron_ross.data.latent_cache import LatentReader
 from megatron_ross.data.order import SampleKey, SampleOrder
 from megatron_ross.data.quarantine import (
     BadSamplePolicy,
@@ -84,6 +85,7 @@ class RossLoader:
         prefetch: int = 2,
         num_workers: int = 4,
         decoder: PixelDecoder | None = None,
+        latents: LatentReader | None = None,
         bad_samples: BadSamplePolicy | None = None,
         source_ends: Sequence[int] = (),
     ):
@@ -96,6 +98,7 @@ class RossLoader:
             prefetch: steps prepared ahead in the background; 0 prepares each when it is asked for.
             num_workers: threads that decode images with Pillow.
             decoder: replaces Pillow. The loader closes it.
+            latents: reads VAE moments from a cache, on ranks that need them; None reads none. The loader closes it.
             bad_samples: skip broken samples by this policy; None stops the run at the first one.
             source_ends: one past the last sample id of each source of a blend, to count what each contributes.
 
@@ -120,6 +123,7 @@ class RossLoader:
         self._prefetch = prefetch
         self._step_pool = ThreadPoolExecutor(1, thread_name_prefix="ross-step")
         self._decoder = decoder or PillowDecoder(num_workers)
+        self._latents = latents
         self._source_ends = np.asarray(source_ends, dtype=np.int64)
         self._quarantine = Quarantine(bad_samples) if bad_samples is not None else None
         self._pending: deque[Future[_Step]] = deque()
@@ -191,6 +195,8 @@ class RossLoader:
         self._drop_pending()
         self._step_pool.shutdown(cancel_futures=True)
         self._decoder.close()
+        if self._latents is not None:
+            self._latents.close()
 
     def _reset_position(self) -> None:
         self.consumed_sequences = 0
@@ -279,20 +285,29 @@ class RossLoader:
     def _collate(self, rows: list[list[_Placed]], seq_length: int, findings: dict[int, Finding]) -> RossMicrobatch:
         owner = {id(span): placed.position for row in rows for placed in row for span in placed.sample.images}
 
-        def load(spans: Sequence[ImageSpan]) -> list[Tensor]:
-            results = self._decoder.decode(spans)
+        def checked(
+            spans: Sequence[ImageSpan | None], results: list[Tensor | ImageError], empty: tuple[int, ...]
+        ) -> list[Tensor]:
+            """Findings written down, and zeros of shape `empty` in their places."""
             for span, result in zip(spans, results, strict=True):
                 if isinstance(result, SampleError):
                     if self._quarantine is None:
                         raise result
                     findings[owner[id(span)]] = Finding(SampleStatus.BAD, str(result))
-            size = self._collate_settings["image_size"]
-            return [torch.zeros(3, size, size) if isinstance(r, SampleError) else r for r in results]
+            return [torch.zeros(empty) if isinstance(r, SampleError) else r for r in results]
 
+        def load(spans: Sequence[ImageSpan]) -> list[Tensor]:
+            size = self._collate_settings["image_size"]
+            return checked(spans, self._decoder.decode(spans), (3, size, size))
+
+        settings = dict(self._collate_settings)
+        if (reader := self._latents) is not None:
+            shape = reader.moments_shape
+            settings["latents"] = LatentLoader(shape, lambda spans: checked(spans, reader.read(spans), shape))
         packs = [[(placed.epoch, placed.sample) for placed in row] for row in rows]
         if self._pack_length is not None:
-            return collate_packed(packs, seq_length, load=load, **self._collate_settings)
-        return collate([pair for pack in packs for pair in pack], seq_length, load=load, **self._collate_settings)
+            return collate_packed(packs, seq_length, load=load, **settings)
+        return collate([pair for pack in packs for pair in pack], seq_length, load=load, **settings)
 
 
 def _segments(rows: list[list[_Placed]], seq_length: int, packed: bool) -> list[tuple[int, tuple[int, int, int]]]:

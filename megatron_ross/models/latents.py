@@ -39,7 +39,7 @@ class LatentEncoder(nn.Module):
     def __init__(self, config: VaeConfig, vision: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.grid_size = vision.grid_size
+        self.image_size, self.grid_size = vision.image_size, vision.grid_size
         self.vae = AutoencoderKL.from_config(dict(config.hf_config)).requires_grad_(False).eval()
         self.image_mean = vision.image_mean  # plain numbers: a buffer would lose precision when the module is cast
         self.image_std = vision.image_std

@@ -46,7 +46,7 @@ class VocabularyShard:
         return self.group.rank() * weight.shape[0]
 
     def locate(self, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of every label int64 [n] among this rank's logits, 0 for those it lacks, and which it has, bool [n]."""
+        """Column of every label int64 [n] among this rank's logits, 0 for what it lacks, and which it has, bool [n]."""
         columns = labels - self.first_id(weight)
         is_mine = (columns >= 0) & (columns < weight.shape[0])
         return columns * is_mine, is_mine

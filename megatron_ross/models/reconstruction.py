@@ -31,6 +31,7 @@ class ReconstructionHead(nn.Module):
         seed: run seed of the noise; with a sample's key it determines every draw.
         num_draws: K (timestep, noise) draws per image.
         compute_dtype: `fp32` (published), `tf32` or `bf16` arithmetic in the denoiser.
+        cached_latents: microbatches bring VAE moments, so there is no VAE here.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class ReconstructionHead(nn.Module):
         seed: int,
         num_draws: int,
         compute_dtype: str = "fp32",
+        cached_latents: bool = False,
     ) -> None:
         super().__init__()
         assert model.denoiser is not None
         assert model.vae is not None
         self.model = model
+        self.vae_config = model.vae
         self.groups = groups
         self.seed = seed
         self.num_draws = num_draws
@@ -59,7 +62,7 @@ class ReconstructionHead(nn.Module):
             grid_size=model.vision.grid_size,
             compute_dtype=torch.bfloat16 if compute_dtype == "bf16" else torch.float32,
         ).to(device=device, dtype=config.params_dtype)
-        self.latent_encoder = LatentEncoder(model.vae, model.vision).to(device=device)
+        self.latent_encoder = None if cached_latents else LatentEncoder(model.vae, model.vision).to(device=device)
         tables = cosine_tables().to(device)
         self.schedule = ops.NoiseSchedule(
             tables.sqrt_alphas_cumprod.float(), tables.sqrt_one_minus_alphas_cumprod.float()
@@ -77,15 +80,23 @@ class ReconstructionHead(nn.Module):
             return connect(self.denoiser) + 0.0 * hidden.flatten()[0].float()
         share = mine.start + wanted
         condition = self._condition(hidden, batch, share)
-        assert batch.pixels is not None
         noise = self._noise(batch, share)
-        x_t, t = self._noised(*self.latent_encoder.posterior(batch.pixels[wanted]), noise)
+        x_t, t = self._noised(*self._posterior(batch, wanted), noise)
         squared_error, count = ops.score(self._denoise(x_t, t, condition), noise)
         return recon_loss_sum(squared_error, count, batch.recon_weight[share])
 
+    def _posterior(self, batch: RossMicrobatch, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments [n_wanted, C, 2g, 2g] of images of this rank's share, encoded here or read from a cache."""
+        if self.latent_encoder is None:
+            assert batch.latents is not None
+            mean, logvar = batch.latents[wanted].unbind(1)
+            return mean.contiguous(), logvar.contiguous()
+        assert batch.pixels is not None
+        return self.latent_encoder.posterior(batch.pixels[wanted])
+
     def _noised(self, mean: Tensor, logvar: Tensor, noise: ops.Noise) -> tuple[Tensor, Tensor]:
         """Posterior moments -> noised latents [K, n_share, N, C4] and timesteps [K, n_share]."""
-        vae = self.latent_encoder.config
+        vae = self.vae_config
         return ops.noise_latents(
             mean,
             logvar,
@@ -122,6 +133,6 @@ class ReconstructionHead(nn.Module):
             batch.noise_keys[share],
             num_draws=self.num_draws,
             num_timesteps=self.schedule.signal.numel(),
-            latent_channels=self.latent_encoder.config.latent_channels,
+            latent_channels=self.vae_config.latent_channels,
             grid_size=self.model.vision.grid_size,
         )

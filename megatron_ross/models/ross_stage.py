@@ -66,7 +66,7 @@ class RossStage(MegatronModule):
         groups: this rank's process groups.
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
-        seed, num_noise_draws, denoiser_dtype: see `ReconstructionHead`.
+        seed, num_noise_draws, denoiser_dtype, cached_latents: see `ReconstructionHead`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
 
@@ -84,6 +84,7 @@ class RossStage(MegatronModule):
         num_noise_draws: int,
         denoiser_dtype: str = "fp32",
         lm_head_chunk_tokens: int,
+        cached_latents: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
@@ -116,7 +117,13 @@ class RossStage(MegatronModule):
             self.final_layernorm = final_norm(config, transformer_engine=transformer_engine)
         if spec.has("D"):
             self.reconstruction = ReconstructionHead(
-                model, config, groups, seed=seed, num_draws=num_noise_draws, compute_dtype=denoiser_dtype
+                model,
+                config,
+                groups,
+                seed=seed,
+                num_draws=num_noise_draws,
+                compute_dtype=denoiser_dtype,
+                cached_latents=cached_latents,
             )
         if spec.has("H"):
             self._build_output_layer()

@@ -161,6 +161,7 @@ def check_sampling(fixture: FixtureModel, imported: ImportedModel, run: RunConfi
                     name = f"{fixture.name} sampling {respacing}"
                     rows.append(compare_tensors(f"{name} z_0", z, recorded[f"{key}.z_0"], limit, by_max=True))
                     if f"{key}.decoded" in recorded:
+                        assert head.latent_encoder is not None
                         image = head.latent_encoder.decode_latents(z)
                         rows.append(
                             compare_tensors(f"{name} decoded", image, recorded[f"{key}.decoded"], limit, by_max=True)

@@ -187,8 +187,10 @@ def _residual_flops(channels_in: int, channels_out: int) -> float:
     return 2 * (9 * channels_in * channels_out + 9 * channels_out**2 + shortcut)
 
 
-def module_flops(model: RossModelConfig, trained: Trained, work: Work, num_draws: int) -> dict[str, Flops]:
-    """Operations by module: tower, projector, decoder (all layers), head, denoiser, vae."""
+def module_flops(
+    model: RossModelConfig, trained: Trained, work: Work, num_draws: int, *, cached_latents: bool = False
+) -> dict[str, Flops]:
+    """Operations by module: tower, projector, decoder (all layers), head, denoiser, vae (0 with cached latents)."""
     layer = decoder_layer_flops(model.language, work.tokens, work.attention_pairs, trained)
     result = {
         "tower": tower_flops(model.vision, work.images, trained),
@@ -198,18 +200,28 @@ def module_flops(model: RossModelConfig, trained: Trained, work: Work, num_draws
     }
     if model.vae is not None:
         result["denoiser"] = denoiser_flops(model, work.reconstructed_images, num_draws, trained)
-        result["vae"] = vae_encoder_flops(model.vae, model.decode_image_size, work.reconstructed_images)
+        encoded = 0.0 if cached_latents else work.reconstructed_images
+        result["vae"] = vae_encoder_flops(model.vae, model.decode_image_size, encoded)
     return result
 
 
-def step_flops(model: RossModelConfig, trainability: TrainabilityConfig, work: Work, num_draws: int) -> float:
+def step_flops(
+    model: RossModelConfig,
+    trainability: TrainabilityConfig,
+    work: Work,
+    num_draws: int,
+    *,
+    cached_latents: bool = False,
+) -> float:
     """Operations of one optimizer step over the whole global batch, for the metric MFU.
 
     Args:
         work: counts of the step, summed over microbatches and data-parallel ranks (`Work`, `causal_pairs`).
         num_draws: K of the reconstruction loss.
+        cached_latents: the VAE does not run.
     """
-    return sum(part.total for part in module_flops(model, Trained.of(trainability), work, num_draws).values())
+    parts = module_flops(model, Trained.of(trainability), work, num_draws, cached_latents=cached_latents)
+    return sum(part.total for part in parts.values())
 
 
 def mfu(flops: float, seconds: float, world_size: int, peak_flops_per_gpu: float) -> float:

@@ -93,5 +93,6 @@ def _workspace(activations: ActivationModel, spec: StageSpec) -> float:
         images = images_on_busiest_rank(shapes.reconstructed_images, tp)
         rows = images * model.vision.num_image_tokens * activations.run.loss.num_noise_draws
         needs.append(12 * rows * model.denoiser.width * 4)
-        needs.append(4 * 4 * images * model.decode_image_size**2 * model.vae.hf_config["block_out_channels"][0])
+        if not activations.run.data.latent_cache:
+            needs.append(4 * 4 * images * model.decode_image_size**2 * model.vae.hf_config["block_out_channels"][0])
     return activations.recomputed_at_once(spec.num_layers) + max(needs)

@@ -86,7 +86,13 @@ def plan_run(
     )
     time = step_time(costs, layout, world_size, [int(m.gradients) // 4 for m in memory], num_microbatches)
     whole_step = work * (num_microbatches * dp)
-    flops = step_flops(model, run.trainability, whole_step, run.loss.num_noise_draws)
+    flops = step_flops(
+        model,
+        run.trainability,
+        whole_step,
+        run.loss.num_noise_draws,
+        cached_latents=bool(run.data.latent_cache),
+    )
     utilisation = mfu(flops, time.total, world_size, gpu.peak_flops("bf16"))
     samples = data.global_batch_size * workload.samples_per_sequence(model, run)
     return Plan(run, layout, world_size, gpu, num_microbatches, samples, memory, time, utilisation)

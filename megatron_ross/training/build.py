@@ -37,6 +37,7 @@ def build_stages(
             num_noise_draws=run.loss.num_noise_draws,
             denoiser_dtype=run.compute.denoiser_dtype,
             lm_head_chunk_tokens=run.compute.lm_head_chunk_tokens,
+            cached_latents=bool(run.data.latent_cache),
         )
         for chunk, spec in enumerate(chunks)
     ]
@@ -58,7 +59,8 @@ def set_trainability(stage: RossStage, trainability: TrainabilityConfig) -> None
         stage.vision.projector.requires_grad_(not trainability.freeze_mm_mlp_adapter)
         stage.vision.vision_tower.set_trainable(trainability.unfreeze_mm_vision_tower)
     if stage.spec.has("D"):
-        stage.reconstruction.latent_encoder.requires_grad_(False)
+        if stage.reconstruction.latent_encoder is not None:
+            stage.reconstruction.latent_encoder.requires_grad_(False)
         denoiser = stage.reconstruction.denoiser
         trains = not trainability.freeze_mm_inv_projector
         denoiser.requires_grad_(trains)

@@ -14,6 +14,7 @@ from megatron_ross.config.schema import DataConfig, RunConfig
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.decoders import PixelDecoder
 from megatron_ross.data.images import ImageProcessor
+from megatron_ross.data.latent_cache import LatentCache, LatentReader
 from megatron_ross.data.lengths import token_lengths
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights
@@ -76,10 +77,14 @@ def source_names(data: DataConfig) -> list[str]:
 
 
 def build_loader(
-    run: RunConfig, dataset: TrainingSet, order: SampleOrder, groups: ParallelGroups, *, needs_pixels: bool
+    run: RunConfig, dataset: TrainingSet, order: SampleOrder, groups: ParallelGroups, *, letters: set[str]
 ) -> RossLoader:
-    """This rank's loader. Metadata is the same on all ranks of a replica; pixels only where a stage needs them."""
+    """This rank's loader. Metadata is the same on all ranks of a replica; the `letters` of its stages say what else it
+    needs: pixels for the tower, and for the reconstruction loss pixels or cached latents."""
     data, tp_size = run.data, groups.tp.size()
+    is_cached = bool(data.latent_cache)
+    needs_pixels = "V" in letters or ("D" in letters and not is_cached)
+    needs_latents = "D" in letters and is_cached
     return RossLoader(
         dataset,
         order,
@@ -96,6 +101,7 @@ def build_loader(
         prefetch=data.num_prefetch_steps,
         num_workers=data.num_workers,
         decoder=_decoder(data, dataset.image_processor) if needs_pixels else None,
+        latents=LatentReader(LatentCache(Path(data.latent_cache)), data.num_workers) if needs_latents else None,
         bad_samples=_bad_sample_policy(run),
         source_ends=dataset.ends if isinstance(dataset, ConcatDataset) else (),
     )

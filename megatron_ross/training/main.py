@@ -48,10 +48,12 @@ def _train(argv: Sequence[str], world_size: int) -> None:
 
     validate_run(run, world_size)
     from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+    from megatron_ross.training.latents import check_latent_cache
     from megatron_ross.training.start import start_path
 
     manifest = Manifest.read(resolve_checkpoint(start_path(run)))
     layout = resolve_layout(run, manifest.model, world_size)
+    check_latent_cache(run)
     start_process_group(run.parallel.distributed_timeout_minutes)
     from megatron_ross.parallel.groups import initialize_groups
     from megatron_ross.training.trainer import Trainer

@@ -56,8 +56,13 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.chunks, run)
         self.scheduler = build_scheduler(self.optimizer, run.optimizer, self.train_iters)
-        needs_pixels = any(stage.spec.has("V") or stage.spec.has("D") for stage in self.stages)
-        self.loader = build_loader(run, self.dataset, self.order, groups, needs_pixels=needs_pixels)
+        self.loader = build_loader(
+            run,
+            self.dataset,
+            self.order,
+            groups,
+            letters={letter for stage in self.stages for letter in stage.spec.letters},
+        )
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}
@@ -112,7 +117,13 @@ class Trainer:
 
     def _flops(self, work: Work) -> float:
         run = self.run
-        return step_flops(self.manifest.model, run.trainability, work, run.loss.num_noise_draws)
+        return step_flops(
+            self.manifest.model,
+            run.trainability,
+            work,
+            run.loss.num_noise_draws,
+            cached_latents=bool(run.data.latent_cache),
+        )
 
     def _step(self) -> tuple[StepResult, Work]:
         device = current_device()
@@ -173,7 +184,15 @@ class Trainer:
             "data": state,
         }
         directory = save_checkpoint(
-            root, manifest, self.assets, self.stages, self.optimizer, self.scheduler, progress, self.groups
+            root,
+            manifest,
+            self.assets,
+            self.stages,
+            self.optimizer,
+            self.scheduler,
+            progress,
+            self.groups,
+            source=self.base if self.run.data.latent_cache else None,
         )
         self._print(f"saved {directory}")
         return directory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ross.config.model import RossModelConfig
-from megatron_ross.config.schema import ComputeConfig, ParallelConfig, RunConfig, TrainabilityConfig
+from megatron_ross.config.schema import ComputeConfig, DataConfig, ParallelConfig, RunConfig, TrainabilityConfig
 from megatron_ross.config.validate import resolve_layout
 from megatron_ross.planner.activations import ActivationModel, Shapes
 from megatron_ross.planner.buffers import bucket_size, build_buffer
@@ -104,6 +104,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
         ("llama_clip", run_of(pp=2, layout="V|Et*4NDH")),
         ("qwen2_siglip", run_of(pp=2, layout="VEt|t|t*2N|DH", bf16=True)),
         ("qwen2_siglip", run_of(pp=2, train=STAGE_1)),
+        ("qwen2_siglip", dataclasses.replace(run_of(bf16=True), data=DataConfig(latent_cache="cache"))),
         ("llama_clip", run_of(train=TrainabilityConfig(unfreeze_mm_vision_tower=True), bf16=True)),
     ],
     ids=lambda value: str(value.parallel.layout) if isinstance(value, RunConfig) else value,
