@@ -89,7 +89,7 @@ def pretrain_llm(model: Qwen2ForCausalLM, batches: list[list[Text]], lr: float) 
     return sum(tail) / len(tail)
 
 
-def make_llm(output: Path, seed: int = 0, steps: int = 1200, batch_size: int = 8, lr: float = 2e-3) -> str:
+def make_llm(output: Path, seed: int = 0, steps: int = 700, batch_size: int = 8, lr: float = 2e-3) -> str:
     """Train tokenizer and language model.
 
     Args:

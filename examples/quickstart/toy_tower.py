@@ -117,7 +117,7 @@ def pretrain_tower(
     return loss.item()
 
 
-def make_tower(data: Path, output: Path, seed: int = 0, steps: int = 700, batch: int = 32, lr: float = 2e-3) -> str:
+def make_tower(data: Path, output: Path, seed: int = 0, steps: int = 550, batch: int = 32, lr: float = 2e-3) -> str:
     """Train the tower on the images of `make_data.py`.
 
     Args:

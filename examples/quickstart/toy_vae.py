@@ -151,7 +151,7 @@ def round_trip_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return float((-10 * torch.log10(((painted - images) / 2).square().mean((1, 2, 3)))).mean())
 
 
-def make_vae(data: Path, output: Path, seed: int = 0, steps: int = 1000, batch: int = 4, lr: float = 3e-3) -> str:
+def make_vae(data: Path, output: Path, seed: int = 0, steps: int = 800, batch: int = 4, lr: float = 3e-3) -> str:
     """Make the auto-encoder for the images of `make_data.py`.
 
     Args:

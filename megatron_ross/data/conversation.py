@@ -159,20 +159,25 @@ def _encode_v1(
 def _encode_qwen_2(
     turns: Sequence[Turn], tokenizer: TextTokenizer, has_image: bool, max_length: int, reference: bool
 ) -> EncodedConversation:
-    """Qwen2: rounds end with `<|im_end|>`; a round after the first begins with the previous round's end token."""
+    """Qwen2: rounds end with `<|im_end|>`; a round after the first begins with the previous round's end token.
+
+    Two tokens that a prompt ending in `ASSISTANT:` leaves to the model have no label in the published code, and have
+    one by default: the blank in front of an answer where it does not join the first word (digits), and the last end
+    token of the conversation.
+    """
     prompt = chat_prompt(_alternate(turns), *_QWEN_2)
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
     spans, cursor = [], 0
     for i, (text, instruction) in enumerate(_rounds(prompt, "<|im_end|>", _ANSWER_MARK)):
         joint = 1 if i else 0  # the previous round's <|im_end|>: supervised
-        round_ids = encode(text)
+        round_ids, given = encode(text), encode(instruction if reference else instruction.rstrip())
         end = cursor + len(round_ids) + joint
-        spans.append(_Span(cursor + joint, cursor + joint + _common_prefix(round_ids, encode(instruction)), end))
+        spans.append(_Span(cursor + joint, cursor + joint + _common_prefix(round_ids, given), end))
         cursor = end
     num_tokens = _num_tokens(ids, tokenizer, reference)
     encoded = _label(ids, spans, cursor, num_tokens - 1, max_length)
     if not reference and not encoded.mismatch and spans and cursor == len(ids) - 1:
-        encoded.labels[-1] = ids[-1]  # the published code leaves the last end token without label
+        encoded.labels[-1] = ids[-1]
     return encoded
 
 

@@ -3,8 +3,8 @@
 The only file that imports DALI, an optional dependency. With a GPU, JPEG decoding runs on it ("mixed"), else everything
 runs on CPU threads outside Python. Only what DALI treats nearly as Pillow does goes through it: 8-bit RGB and grey JPEG
 and PNG files with an intact end that are not enlarged (Pillow clips overshoots between its two passes, DALI does not;
-that shows when enlarging). Everything else, and every file of a batch that DALI stumbles over, goes to Pillow one by
-one, which also finds the words for what is wrong with a broken file.
+that shows when enlarging). Everything else, and every file that DALI stumbles over, goes to Pillow one by one, which also
+finds the words for what is wrong with a broken file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class DaliDecoder:
                 ready.append((i, data, geometry))
         for begin in range(0, len(ready), self._max_batch_size):
             chunk = ready[begin : begin + self._max_batch_size]
-            results |= zip((i for i, _, _ in chunk), self._run(chunk), strict=False)
+            decoded = zip((i for i, _, _ in chunk), self._run(chunk), strict=True)
+            results |= {i: pixels for i, pixels in decoded if pixels is not None}
         rest = [i for i in range(len(spans)) if i not in results]
         self.num_fallbacks += len(rest)
         results |= zip(rest, self._pillow.decode([spans[i] for i in rest]), strict=True)
@@ -82,8 +83,22 @@ class DaliDecoder:
         self._pipeline = None
         self._pillow.close()
 
-    def _run(self, chunk: Sequence[tuple[int, bytes, _Geometry]]) -> list[Tensor]:
-        """Pixels per image; an empty list if DALI fails on any of them, because a failed pipeline is lost."""
+    def _run(self, chunk: Sequence[tuple[int, bytes, _Geometry]]) -> list[Tensor | None]:
+        """Pixels per image, None for those that DALI cannot decode.
+
+        A broken file fails its whole batch, which is then tried again in halves: what becomes of an image must not
+        depend on its neighbours, or another layout would skip other samples (Pillow refuses some that DALI takes).
+        """
+        try:
+            return list(self._run_batch(chunk))
+        except RuntimeError:  # DALI's own errors derive from it; Pillow will say what is wrong
+            self._pipeline = self._build()  # a failed pipeline is lost
+        if len(chunk) == 1:
+            return [None]
+        half = len(chunk) // 2
+        return self._run(chunk[:half]) + self._run(chunk[half:])
+
+    def _run_batch(self, chunk: Sequence[tuple[int, bytes, _Geometry]]) -> list[Tensor]:
         feeds = {
             "encoded": [np.frombuffer(data, dtype=np.uint8) for _, data, _ in chunk],
             "resize": [np.array(g.resize, dtype=np.float32) for _, _, g in chunk],
@@ -93,13 +108,9 @@ class DaliDecoder:
             feeds["pad_shape"] = [np.array(g.pad_shape, dtype=np.int32) for _, _, g in chunk]
         if self._processor.resize == "crop":
             feeds["crop_start"] = [np.array(g.crop_start, dtype=np.int32) for _, _, g in chunk]
-        try:
-            for name, values in feeds.items():
-                self._pipeline.feed_input(name, values)
-            (pixels,) = self._pipeline.run()
-        except RuntimeError:  # DALI's own errors derive from it: a broken file; Pillow will say which
-            self._pipeline = self._build()
-            return []
+        for name, values in feeds.items():
+            self._pipeline.feed_input(name, values)
+        (pixels,) = self._pipeline.run()
         if self._device_id is None:  # numpy normalises faster than DALI's CPU operator, and 8 bits are less to copy
             return [self._processor.normalise(image) for image in pixels.as_array()]
         images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2).float() / 255

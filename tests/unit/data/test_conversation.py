@@ -69,6 +69,24 @@ def test_default_mode_supervises_last_end_token_and_nothing_else(request):
     assert default.labels[-1] == tokenizer.token_id("<|im_end|>")
 
 
+def test_blank_in_front_of_a_digit_is_supervised_unless_reference(request):
+    """A prompt ends in "ASSISTANT:", so a model that never learned the blank could not begin such an answer."""
+    tokenizer = _tokenizer(request, "llm_qwen2")
+    turns = _turns("How many?", "7")
+    default, reference = (
+        encode_conversation(turns, "qwen_2", tokenizer, num_images=0, max_length=999, reference=r)
+        for r in (False, True)
+    )
+    assert default.input_ids == reference.input_ids
+    digit = default.input_ids.index(tokenizer.encode("7")[0])
+    assert default.input_ids[digit - 1 : digit + 1] == tokenizer.encode(" 7"), "the blank is a token of its own"
+    assert default.labels[digit - 1 : digit + 1] == tokenizer.encode(" 7")
+    assert default.labels[digit - 2] == IGNORE_LABEL
+    assert reference.labels[digit - 1] == IGNORE_LABEL
+    differing = [i for i, (a, b) in enumerate(zip(default.labels, reference.labels, strict=True)) if a != b]
+    assert differing == [digit - 1, len(default.labels) - 1]
+
+
 def test_literal_padding_token_masks_in_reference_mode_only(request):
     tokenizer = _tokenizer(request, "llm_qwen2")
     turns = _turns("Say it.", "It is <|endoftext|> here.")
