@@ -3,14 +3,16 @@
 The only file that imports DALI, an optional dependency. With a GPU, JPEG decoding runs on it ("mixed"), else everything
 runs on CPU threads outside Python. Only what DALI treats nearly as Pillow does goes through it: 8-bit RGB and grey JPEG
 and PNG files with an intact end that are not enlarged (Pillow clips overshoots between its two passes, DALI does not;
-that shows when enlarging). Everything else, and every file that DALI stumbles over, goes to Pillow one by one, which also
-finds the words for what is wrong with a broken file.
+that shows when enlarging). Everything else, and every file that DALI stumbles over, goes to Pillow one by one, which
+also finds the words for what is wrong with a broken file.
 """
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,40 +41,53 @@ class _Geometry:
     crop_start: tuple[int, int]
 
 
+_Encoded = tuple[int, bytes, _Geometry]
+"""An image's place among those to decode, its file, and what to do with it."""
+
+
 class DaliDecoder:
-    """A PixelDecoder; pixels are on the GPU if there is one. Not thread-safe: one loader, one decoder."""
+    """A PixelDecoder; pixels are on the GPU if there is one. Not thread-safe: one loader, one decoder.
+
+    On a CPU every thread has a pipeline of its own that takes one image at a time, which is as fast as batches: a
+    broken file in a batch leaves tasks of the others behind in DALI's thread pool, and they crash the process (seen
+    with DALI 2.4 and fuzzed files). nvJPEG needs batches, so on a GPU one pipeline takes `max_batch_size` images.
+    """
 
     def __init__(
         self, processor: ImageProcessor, *, num_threads: int = 4, max_batch_size: int = 32, device_id: int | None = None
     ):
         """
         Args:
+            max_batch_size: images that a GPU decodes at a time.
             device_id: GPU to decode on; None uses the CPU.
 
         Raises:
             ValueError: DALI is not installed.
         """
         self._processor = processor
-        self._num_threads = num_threads
-        self._max_batch_size = max_batch_size
         self._device_id = device_id
-        self._pipeline = self._build()
+        on_gpu = device_id is not None
+        self._batch_size, self._num_threads, num_pipelines = (
+            (max_batch_size, num_threads, 1) if on_gpu else (1, 1, num_threads)
+        )
+        self._pool = ThreadPoolExecutor(num_pipelines, thread_name_prefix="ross-dali")
+        self._mine = threading.local()
+        self._dali = _import_dali()
         self._pillow = PillowDecoder(num_threads)
         self.num_fallbacks = 0
         """Images that went to Pillow so far."""
 
     def decode(self, spans: Sequence[ImageSpan]) -> list[Tensor | ImageError]:
         results: dict[int, Tensor | ImageError] = {}
-        ready: list[tuple[int, bytes, _Geometry]] = []
+        ready: list[_Encoded] = []
         for i, span in enumerate(spans):
             data = _read(span)
             geometry = plan_geometry(data, self._processor) if data is not None else None
             if data is not None and geometry is not None:
                 ready.append((i, data, geometry))
-        for begin in range(0, len(ready), self._max_batch_size):
-            chunk = ready[begin : begin + self._max_batch_size]
-            decoded = zip((i for i, _, _ in chunk), self._run(chunk), strict=True)
-            results |= {i: pixels for i, pixels in decoded if pixels is not None}
+        batches = [ready[begin : begin + self._batch_size] for begin in range(0, len(ready), self._batch_size)]
+        for batch, decoded in zip(batches, self._pool.map(self._run, batches), strict=True):
+            results |= {i: pixels for (i, _, _), pixels in zip(batch, decoded, strict=True) if pixels is not None}
         rest = [i for i in range(len(spans)) if i not in results]
         self.num_fallbacks += len(rest)
         results |= zip(rest, self._pillow.decode([spans[i] for i in rest]), strict=True)
@@ -80,37 +95,39 @@ class DaliDecoder:
         return [r if isinstance(r, ImageError) else r.to(device) for _, r in sorted(results.items())]
 
     def close(self) -> None:
-        self._pipeline = None
+        self._pool.shutdown(cancel_futures=True)
         self._pillow.close()
 
-    def _run(self, chunk: Sequence[tuple[int, bytes, _Geometry]]) -> list[Tensor | None]:
+    def _run(self, batch: Sequence[_Encoded]) -> list[Tensor | None]:
         """Pixels per image, None for those that DALI cannot decode.
 
         A broken file fails its whole batch, which is then tried again in halves: what becomes of an image must not
         depend on its neighbours, or another layout would skip other samples (Pillow refuses some that DALI takes).
         """
         try:
-            return list(self._run_batch(chunk))
+            return list(self._run_batch(batch))
         except RuntimeError:  # DALI's own errors derive from it; Pillow will say what is wrong
-            self._pipeline = self._build()  # a failed pipeline is lost
-        if len(chunk) == 1:
+            self._mine.pipeline = None  # a failed pipeline is lost
+        if len(batch) == 1:
             return [None]
-        half = len(chunk) // 2
-        return self._run(chunk[:half]) + self._run(chunk[half:])
+        half = len(batch) // 2
+        return self._run(batch[:half]) + self._run(batch[half:])
 
-    def _run_batch(self, chunk: Sequence[tuple[int, bytes, _Geometry]]) -> list[Tensor]:
+    def _run_batch(self, batch: Sequence[_Encoded]) -> list[Tensor]:
+        pipeline = getattr(self._mine, "pipeline", None) or self._build()
+        self._mine.pipeline = pipeline
         feeds = {
-            "encoded": [np.frombuffer(data, dtype=np.uint8) for _, data, _ in chunk],
-            "resize": [np.array(g.resize, dtype=np.float32) for _, _, g in chunk],
+            "encoded": [np.frombuffer(data, dtype=np.uint8) for _, data, _ in batch],
+            "resize": [np.array(g.resize, dtype=np.float32) for _, _, g in batch],
         }
         if self._processor.mode == "pad":
-            feeds["pad_start"] = [np.array(g.pad_start, dtype=np.int32) for _, _, g in chunk]
-            feeds["pad_shape"] = [np.array(g.pad_shape, dtype=np.int32) for _, _, g in chunk]
+            feeds["pad_start"] = [np.array(g.pad_start, dtype=np.int32) for _, _, g in batch]
+            feeds["pad_shape"] = [np.array(g.pad_shape, dtype=np.int32) for _, _, g in batch]
         if self._processor.resize == "crop":
-            feeds["crop_start"] = [np.array(g.crop_start, dtype=np.int32) for _, _, g in chunk]
+            feeds["crop_start"] = [np.array(g.crop_start, dtype=np.int32) for _, _, g in batch]
         for name, values in feeds.items():
-            self._pipeline.feed_input(name, values)
-        (pixels,) = self._pipeline.run()
+            pipeline.feed_input(name, values)
+        (pixels,) = pipeline.run()
         if self._device_id is None:  # numpy normalises faster than DALI's CPU operator, and 8 bits are less to copy
             return [self._processor.normalise(image) for image in pixels.as_array()]
         images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2).float() / 255
@@ -120,16 +137,15 @@ class DaliDecoder:
         return list((images - mean) / std)
 
     def _build(self) -> Any:
-        dali = _import_dali()
-        pipeline = dali.pipeline_def(
+        pipeline = self._dali.pipeline_def(
             _graph,
-            batch_size=self._max_batch_size,
+            batch_size=self._batch_size,
             num_threads=self._num_threads,
             device_id=self._device_id,
             prefetch_queue_depth=1,
             exec_async=False,
             exec_pipelined=False,
-        )(dali, self._processor, self._device_id is not None)
+        )(self._dali, self._processor, self._device_id is not None)
         pipeline.build()
         return pipeline
 

@@ -87,7 +87,7 @@ def test_500_mutated_images_never_crash_a_loader(kind, decoder, tmp_path, qwen, 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_what_dali_makes_of_a_file_does_not_depend_on_its_neighbours(kind, processor):
-    """Else the skipped samples would depend on microbatch size and layout. DALI takes some files that Pillow refuses."""
+    """Else the skipped samples would depend on the layout, because DALI takes some files that Pillow refuses."""
     decoder = _decoder("dali", processor)
     spans = [_span(processor, data) for data in _mutated_files(kind)]
     together = decoder.decode(spans)
