@@ -1,7 +1,7 @@
 """Decoder layer specifications: TransformerEngine where it is installed and a GPU is used, else local modules.
 
-The local specification is Megatron's own with two replacements: norms that know sequence parallelism, and an attention
-core that runs packed sequences and uses PyTorch's fused attention.
+The local specification is Megatron's own with three replacements: norms that know sequence parallelism, an attention
+core that runs packed sequences and uses PyTorch's fused attention, and linear layers whose frozen weights cost less.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -83,6 +84,41 @@ class SdpaCoreAttention(nn.Module):
         )
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity; the gradient that goes on is contiguous."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class _FlatGradient:
+    """Mixed into Megatron's linear layers, for frozen weights.
+
+    Megatron multiplies the gradient [s, b, n] by a frozen weight as it comes. Where it is not contiguous, torch makes
+    that a batched product, several times slower than one of two matrices: stage 1 would take longer than stage 2, whose
+    gradients Megatron flattens.
+    """
+
+    weight: Tensor
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return output if self.weight.requires_grad else _ContiguousGradient.apply(output), bias
+
+
+class FlatColumnParallelLinear(_FlatGradient, ColumnParallelLinear):
+    """Megatron's, with a flat gradient."""
+
+
+class FlatRowParallelLinear(_FlatGradient, RowParallelLinear):
+    """Megatron's, with a flat gradient."""
+
+
 def decoder_layer_spec(*, transformer_engine: bool) -> ModuleSpec:
     """Specification of one decoder layer."""
     if transformer_engine:
@@ -90,7 +126,10 @@ def decoder_layer_spec(*, transformer_engine: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.core_attention = SdpaCoreAttention
+    attention.linear_qkv, attention.linear_proj = FlatColumnParallelLinear, FlatRowParallelLinear
+    mlp.linear_fc1, mlp.linear_fc2 = FlatColumnParallelLinear, FlatRowParallelLinear
     return spec
 
 

@@ -213,7 +213,8 @@ class RossStage(MegatronModule):
         mask = batch.image_mask.t()[..., None]  # [s, b, 1]
         if self.config.sequence_parallel:
             mask = mask.chunk(self.groups.tp.size(), dim=0)[self.groups.tp.rank()]
-        return torch.where(mask, image_embeddings.to(embedded.dtype), embedded)
+        # Contiguous, or all that follows would have its strides, and matrix products would become batched ones.
+        return torch.where(mask, image_embeddings.to(embedded.dtype), embedded).contiguous()
 
     def _rotary(self, batch: RossMicrobatch) -> Tensor:
         packed = batch.cu_seqlens is not None
