@@ -24,6 +24,7 @@ from megatron_ross.checkpoint.model_state import load_model_state, model_sharded
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from megatron_ross.checkpoint.reader import open_checkpoint, read_index
 from megatron_ross.checkpoint.vae import vae_sharded_state
+from megatron_ross.checkpoint.writer import InProcessSave
 from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 
@@ -67,7 +68,7 @@ def save_checkpoint(
     _run_on_rank_0(lambda: _start_folder(partial), f"prepare {partial}")
     error: BaseException | None = None
     try:
-        dist_checkpointing.save(state, str(partial))
+        dist_checkpointing.save(state, str(partial), sharded_strategy=InProcessSave())
     except (Exception, CheckpointException) as caught:  # any fault; agreed on below, so no rank is left behind
         error = caught
     _raise_together(error, f"write checkpoint {directory}", cleanup=partial)

@@ -1,0 +1,60 @@
+"""Megatron's torch_dist format, written by the training process itself.
+
+Megatron's own strategy forks a process per file even for a synchronous save. A fork copies the memory of a process but
+none of its threads, and training has many: gloo's or NCCL's, decoders of images, DALI's. Children that inherit a locked
+mutex or a half-made runtime die or stop, and Megatron then waits for them for ever (seen with DALI's CPU pipelines).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """The save strategy `torch_dist`, version 1, without child processes. Files are on disk when it returns."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Write this rank's main replicas to one file; `.metadata` is written last. Called by all ranks.
+
+        Raises:
+            CheckpointException: on rank 0, with the faults of all ranks, and on the ranks at fault.
+        """
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
+        dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=_Writer(checkpoint_dir), planner=planner)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Torch's writer with one thread, because it loses the errors of all others, and with errors that say why."""
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Raises OSError where the disk refused: torch.save hides it behind 'unexpected pos' of its zip writer."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _disk_error(error) or error from None
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError in whose handling `error` was raised."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
