@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_ross.config.blend import DataSource, data_sources
 from megatron_ross.config.cli import ConfigError
+from megatron_ross.config.features import check_fp8_sizes
 from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.paths import expand_braces, is_url
@@ -21,6 +22,7 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     _check_sizes(run)
     _check_world(run, world_size)
     _check_paths(run)
+    _check_packing(run)
     _check_schedule(run)
 
 
@@ -31,6 +33,8 @@ def _check_sizes(run: RunConfig) -> None:
         "micro_batch_size": run.data.micro_batch_size,
         "global_batch_size": run.data.global_batch_size,
         "seq_length": run.data.seq_length,
+        "packing_lookahead": run.data.packing_lookahead,
+        "num_workers": run.data.num_workers,
         "num_noise_draws": run.loss.num_noise_draws,
         "lm_head_chunk_tokens": run.compute.lm_head_chunk_tokens,
         "log_interval": run.training.log_interval,
@@ -38,9 +42,18 @@ def _check_sizes(run: RunConfig) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")
-    for name, number in {"lr": run.optimizer.lr, "recon_loss_weight": run.loss.recon_loss_weight}.items():
+    not_negative = {
+        "lr": run.optimizer.lr,
+        "recon_loss_weight": run.loss.recon_loss_weight,
+        "num_prefetch_steps": run.data.num_prefetch_steps,
+    }
+    for name, number in not_negative.items():
         if not number >= 0:
             raise ConfigError(f"{name}={number}: must not be negative")
+    shares = {"max_bad_sample_share": run.data.max_bad_sample_share, "max_mismatch_share": run.data.max_mismatch_share}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share}: must be a share of the samples, from 0 to 1")
 
 
 def _check_world(run: RunConfig, world_size: int) -> None:
@@ -56,6 +69,15 @@ def _check_world(run: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"global_batch_size={gbs}: must be a multiple of micro_batch_size {mbs} x data-parallel size {dp}; "
             "change one of them"
+        )
+
+
+def _check_packing(run: RunConfig) -> None:
+    length, tp = run.data.seq_length, run.parallel.tensor_model_parallel_size
+    if run.data.packing and run.parallel.sequence_parallel and length % tp:
+        raise ConfigError(
+            f"seq_length={length}: packs of this length are split over tensor_model_parallel_size={tp} ranks by "
+            f"sequence_parallel, so it must be a multiple; use {length - length % tp} or {length - length % tp + tp}"
         )
 
 
@@ -140,6 +162,7 @@ def resolve_layout(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     _check_interleaving(run, layout, world_size)
+    check_fp8_sizes(run, language, layout)
     return layout
 
 

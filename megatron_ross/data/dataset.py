@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation
-from megatron_ross.data.errors import ConversationError, ImageError
+from megatron_ross.data.errors import ConversationError, ImageError, RecordError
 from megatron_ross.data.images import ImageProcessor, decode_image
 from megatron_ross.data.records import Record, parse_record, word_count
 from megatron_ross.data.sources import PathLike, Source, open_sources
@@ -128,30 +128,28 @@ class RossDataset:
             num_tokens += width
         return Measurement(num_tokens, num_supervised, num_images, len(record.images) - num_images, encoded.mismatch)
 
+    def modality_length(self, index: int) -> int:
+        """Words of one record, negative without image, never 0: what the published grouped sampler sorts by.
+
+        A malformed record counts as one word without image.
+        """
+        try:
+            raw, _ = self._raw(index)
+        except RecordError:
+            return -1
+        has_image = isinstance(raw, dict) and bool(raw.get("image"))
+        return (1 if has_image else -1) * max(word_count(raw), 1)
+
     @property
     def fingerprint(self) -> str:
         """Names everything the token ids depend on: records, tokenizer, template and settings."""
         settings = (self._template, self._num_image_tokens, self._max_length, self._reference)
-        return " ".join(
-            [*(source.fingerprint for source in self._sources), self._tokenizer.fingerprint, *map(str, settings)]
-        )
+        return " ".join([self.records_fingerprint, self._tokenizer.fingerprint, *map(str, settings)])
 
     @property
-    def lengths(self) -> list[int]:
-        """Words of every record, plus 128 for an image: the published, cheap estimate."""
-        return [words + 128 * has_image for words, has_image in self._word_counts()]
-
-    @property
-    def modality_lengths(self) -> list[int]:
-        """Words of every record, negative without image, as `order.GroupedOrder` takes them. Never 0."""
-        return [(1 if has_image else -1) * max(words, 1) for words, has_image in self._word_counts()]
-
-    def _word_counts(self) -> list[tuple[int, bool]]:
-        return [
-            (word_count(raw), isinstance(raw, dict) and bool(raw.get("image")))
-            for source in self._sources
-            for raw in (source[i] for i in range(len(source)))
-        ]
+    def records_fingerprint(self) -> str:
+        """Names the files of records and their state."""
+        return " ".join(source.fingerprint for source in self._sources)
 
     def _raw(self, index: int) -> tuple[Any, str]:
         if not 0 <= index < len(self):
@@ -241,13 +239,18 @@ class ConcatDataset:
         dataset, local = self._locate(index)
         return dataset.token_length(local)
 
+    def modality_length(self, index: int) -> int:
+        """Words of one record with the sign of its modality."""
+        dataset, local = self._locate(index)
+        return dataset.modality_length(local)
+
     @property
     def fingerprint(self) -> str:
         return " | ".join(d.fingerprint for d in self.datasets)
 
     @property
-    def modality_lengths(self) -> list[int]:
-        return [n for d in self.datasets for n in d.modality_lengths]
+    def records_fingerprint(self) -> str:
+        return " | ".join(d.records_fingerprint for d in self.datasets)
 
     def _locate(self, index: int) -> tuple[RossDataset, int]:
         if not 0 <= index < len(self):

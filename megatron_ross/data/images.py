@@ -101,7 +101,7 @@ class ImageProcessor:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """uint8 [P, P, 3] -> float32 [3, P, P]."""
-        values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)  # faster in this order
         mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
         values /= 255  # numpy, not torch: this runs in many threads, each of which would start its own OpenMP team
         values -= mean

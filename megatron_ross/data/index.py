@@ -56,7 +56,7 @@ class RecordFile(Sequence[Any]):
         try:
             self._local = _local_copy(self.path, cache) if is_url(self.path) else Path(self.path)
             self._ranges = _load_or_build(self._local, cache)
-            self.fingerprint = f"{self._local.stat().st_size}-{self._local.stat().st_mtime_ns}"
+            self.fingerprint = f"{self.path} {self._local.stat().st_size} {self._local.stat().st_mtime_ns}"
             """Changes whenever the file does."""
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the data file {self.path}: {error}") from error

@@ -1,4 +1,8 @@
-"""Exact token lengths of all samples, which packing needs before it reads any: computed once, cached, memory-mapped."""
+"""Lengths of all samples, which packing and the grouped order need before they read any sample.
+
+Computed once, cached, and memory-mapped by all processes of a node: exact token lengths for packing, words with the
+sign of the modality for the published grouped order.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,13 @@ class Measurable(Protocol):
 
     def token_length(self, index: int) -> int: ...
 
+    def modality_length(self, index: int) -> int: ...
+
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def records_fingerprint(self) -> str: ...
 
 
 def token_lengths(
@@ -40,18 +49,46 @@ def token_lengths(
 
     One process of a node measures, the others wait for the file and map it.
     """
-    folder = (cache_folder or default_cache_folder()) / "lengths"
-    path = folder / f"{hashlib.blake2b(dataset.fingerprint.encode(), digest_size=12).hexdigest()}.npy"
-    with locked(path.with_suffix(".lock")):
-        if not path.exists():
-            write_atomically(path, measure(dataset, num_workers, show_progress))
-    return np.load(path, mmap_mode="r")
+    return _cached(f"tokens {dataset.fingerprint}", cache_folder, lambda: measure(dataset, num_workers, show_progress))
+
+
+def modality_lengths(
+    dataset: Measurable, *, cache_folder: Path | None = None, num_workers: int = 2, show_progress: bool = False
+) -> np.ndarray:
+    """int32 [num_samples]: words of every record, negative without image, as `order.GroupedOrder` takes them; never 0.
+
+    Cached like `token_lengths`, but independent of tokenizer and template.
+    """
+
+    def count() -> np.ndarray:
+        title = "counting words"
+        parts = map_samples(dataset, _words_of, range(len(dataset)), num_workers, show_progress, title)
+        return _joined(parts)
+
+    return _cached(f"words {dataset.records_fingerprint}", cache_folder, count)
 
 
 def measure(dataset: Measurable, num_workers: int, show_progress: bool) -> np.ndarray:
     """Like `token_lengths`, without the cache."""
-    results = map_samples(dataset, _lengths_of, range(len(dataset)), num_workers, show_progress, "measuring samples")
-    return np.array([length for part in results for length in part], dtype=np.int32)
+    title = "measuring samples"
+    return _joined(map_samples(dataset, _lengths_of, range(len(dataset)), num_workers, show_progress, title))
+
+
+def _cached(what: str, cache_folder: Path | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    folder = (cache_folder or default_cache_folder()) / "lengths"
+    path = folder / f"{hashlib.blake2b(what.encode(), digest_size=12).hexdigest()}.npy"
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            write_atomically(path, compute())
+    return np.load(path, mmap_mode="r")
+
+
+def _joined(parts: list[list[int]]) -> np.ndarray:
+    return np.array([length for part in parts for length in part], dtype=np.int32)
+
+
+def _words_of(dataset: Any, indices: range) -> list[int]:
+    return [dataset.modality_length(i) for i in indices]
 
 
 def _lengths_of(dataset: Any, indices: range) -> list[int]:

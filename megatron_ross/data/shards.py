@@ -42,8 +42,8 @@ class ShardFile:
         try:
             self._file_system, self._real = fsspec.core.url_to_fs(self.path)
             info = self._file_system.info(self._real)
-            stamp = f"{info['size']} {info.get('mtime', info.get('LastModified', ''))}"
-            self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=8).hexdigest()
+            stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))}"
+            self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
             self._index = self._load_or_build((cache_folder or default_cache_folder()) / "shards")
         except (OSError, ImportError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the shard {self.path}: {error}") from error
@@ -106,8 +106,7 @@ class ShardFile:
         Row 0: number of records and images. Then per record: first byte, size, 1 if it is a caption, its first image.
         Then per image: first byte, size.
         """
-        key = f"{self.path} {self.fingerprint}"
-        path = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
+        path = cache / f"{self.fingerprint}.npy"
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 with self._file_system.open(self._real, "rb") as file:

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ross.config.blend import data_sources
+from megatron_ross.config.features import sequence_multiple
 from megatron_ross.config.model import VisionConfig
 from megatron_ross.config.schema import DataConfig, RunConfig
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.decoders import PixelDecoder
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.latent_cache import LatentCache, LatentReader
-from megatron_ross.data.lengths import token_lengths
+from megatron_ross.data.lengths import modality_lengths, token_lengths
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights
 from megatron_ross.data.packing import PackedOrder
@@ -54,7 +55,7 @@ def build_order(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
     if data.group_by_modality_length:
         num_microbatches = data.global_batch_size // data.micro_batch_size
         order = GroupedOrder(
-            dataset.modality_lengths, seed, batch_size=data.micro_batch_size, world_size=num_microbatches, base=blend
+            modality_lengths(dataset), seed, batch_size=data.micro_batch_size, world_size=num_microbatches, base=blend
         )
     else:
         order = blend or SampleOrder(len(dataset), seed)
@@ -94,7 +95,7 @@ def build_loader(
         dp_size=groups.dp.size(),
         tp_rank=groups.tp.rank(),
         tp_size=tp_size,
-        seq_multiple=tp_size if run.parallel.sequence_parallel else 1,
+        seq_multiple=sequence_multiple(run),
         pack_length=data.seq_length if data.packing else None,
         want_pixels=needs_pixels,
         reference_dummy_images=run.loss.loss_mode == "reference",

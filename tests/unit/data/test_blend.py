@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
-from megatron_ross.data.lengths import measure
+from megatron_ross.data.lengths import measure, modality_lengths
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, GroupedOrder
 from megatron_ross.data.packing import PackedOrder
@@ -29,14 +29,16 @@ def blend(toy, qwen, processor):
 
 
 @pytest.fixture(params=["shuffled", "grouped", "packed"])
-def make(request, blend):
+def make(request, blend, tmp_path):
     loaders = []
 
     def build(epochs=EPOCHS, **changes):
         order = BlendedOrder([len(d) for d in blend.datasets], epochs, seed=3)
         settings = {"global_batch_size": 4, "micro_batch_size": 1, "source_ends": blend.ends} | changes
         if request.param == "grouped":
-            order = GroupedOrder(blend.modality_lengths, 3, batch_size=1, world_size=4, base=order)
+            order = GroupedOrder(
+                modality_lengths(blend, cache_folder=tmp_path / "cache"), 3, batch_size=1, world_size=4, base=order
+            )
         if request.param == "packed":
             order = PackedOrder(order, measure(blend, 1, False), CAPACITY)
             settings["pack_length"] = CAPACITY

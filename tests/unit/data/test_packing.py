@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from megatron_ross.data import lengths as lengths_module
 from megatron_ross.data.dataset import RossDataset
-from megatron_ross.data.lengths import measure, token_lengths
+from megatron_ross.data.lengths import measure, modality_lengths, token_lengths
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, SampleOrder, with_epoch
 from megatron_ross.data.packing import PackedOrder, fullest_subset, plan_packs, utilisation
@@ -208,3 +210,30 @@ def test_lengths_are_exact_cached_and_the_same_in_processes(toy, qwen, processor
     assert token_lengths(dataset, cache_folder=tmp_path / "cache").tolist() == expected
     other = RossDataset(toy / "data.json", toy / "images", qwen, "qwen_2", processor, 25, 512)
     assert other.fingerprint != dataset.fingerprint
+
+
+def test_modality_lengths_are_counted_once_for_any_template(toy, qwen, processor, tmp_path, monkeypatch):
+    cache, settings = tmp_path / "cache", (qwen, "qwen_2", processor, 16, 512)
+    dataset = RossDataset(toy / "data.json", toy / "images", *settings)
+    first = modality_lengths(dataset, cache_folder=cache)
+    assert first.tolist() == [dataset.modality_length(i) for i in range(23)]
+    assert {n > 0 for n in first.tolist()} == {True, False}
+    with monkeypatch.context() as patch:
+        patch.setattr(RossDataset, "modality_length", lambda *_: pytest.fail("counted again"))
+        assert modality_lengths(dataset, cache_folder=cache).tolist() == first.tolist()
+        again = RossDataset(toy / "data.json", toy / "images", qwen, "plain", processor, 25, 128)
+        assert isinstance(modality_lengths(again, cache_folder=cache), np.memmap)
+    records = json.loads((toy / "data.json").read_text())
+    (toy / "data.json").write_text(json.dumps([*records, records[0]]))
+    changed = RossDataset(toy / "data.json", toy / "images", *settings)
+    assert len(modality_lengths(changed, cache_folder=cache)) == 24
+
+
+def test_modality_lengths_of_broken_shards(tmp_path, qwen, processor):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.json", b"{"), ("1.json", b"[]"), ("2.txt", b"a b c"), ("2.jpg", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    dataset = RossDataset(tmp_path / "a.tar", None, qwen, "qwen_2", processor, 16, 512, cache_folder=tmp_path)
+    assert modality_lengths(dataset, cache_folder=tmp_path).tolist() == [-1, -1, 4]
