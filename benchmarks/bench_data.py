@@ -11,7 +11,6 @@ rounds, since machines are noisy; the table shows the fastest and the median rou
 from __future__ import annotations
 
 import functools
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import jsonargparse
 import numpy as np
 import PIL
 import torch
+from environment import environment
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -175,16 +175,15 @@ def candidates(
             lambda indices: decode(PillowDecoder(num_workers), indices),
         ),
     }
-    try:
-        import nvidia.dali
-    except ImportError:
+    dali_version = _dali_version()
+    if dali_version is None:
         return result
     from megatron_ross.data.dali_images import DaliDecoder
 
     for kind, device_id in (("cpu", None), ("mixed", device)):
         if kind == "cpu" or device is not None:
             make = functools.partial(DaliDecoder, dataset.image_processor, num_threads=num_workers, device_id=device_id)
-            result[f"engine, dali {nvidia.dali.__version__} {kind}"] = Candidate(
+            result[f"engine, dali {dali_version} {kind}"] = Candidate(
                 lambda make=make: engine_batches(dataset, batch_size, num_workers, make()),
                 functools.partial(decode, make()),
             )
@@ -238,17 +237,18 @@ def report(
         ratio, cpu = max(values) / baseline, min(cpu_ms[name])
         print(f"{name:28} {max(values):9.1f} {statistics.median(values):8.1f} {ratio:8.2f} {cpu:13.2f}")
     if json_file is not None:
-        versions = {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()}
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "gpu": gpu}
-        figures = {
-            "images_per_second": rates,
-            "cpu_ms_per_image": cpu_ms,
-            "settings": settings,
-            "versions": versions,
-            "machine": machine,
-        }
-        json_file.write_text(dumps(figures, indent=1) + "\n")
+        about = environment()
+        about["versions"] |= {"pillow": PIL.__version__, "dali": _dali_version()}
+        figures = {"settings": settings, "images_per_second": rates, "cpu_ms_per_image": cpu_ms}
+        json_file.write_text(dumps(about | figures, indent=1) + "\n")
+
+
+def _dali_version() -> str | None:
+    try:
+        import nvidia.dali
+    except ImportError:
+        return None
+    return nvidia.dali.__version__
 
 
 if __name__ == "__main__":

@@ -1,94 +1,151 @@
-"""Validate a data set before training, and pack it into WebDataset shards.
+"""Validate the data of a training run before anyone rents GPUs, and pack it into WebDataset shards.
 
-    python tools/prepare_data.py --data llava.json --image_root images --tokenizer Qwen/Qwen2-7B-Instruct \
-        --template qwen_2 --out report --pack_length 8192 --write_shards shards
+    python tools/prepare_data.py --config examples/shared/stage2.yaml --config my_data.yaml --out report
 
-Prints exact counts of what training will drop and why, histograms, and the steps of one epoch; writes `report.json` and
-`histograms.png` into `--out`. Run it again to go on where it was stopped. Exits 1 if samples have to be skipped.
+All settings of pretrain_ross.py are understood: they name the data (`data_path` or `blend`), template, length, batch
+size and packing. Tokenizer and image size are those of the checkpoint to start from, or, before there is one, of
+`--model` and `--tokenizer`. Prints, for all sources together and for each, exact counts of what training will drop and
+why, histograms, and the steps of the run; writes `report.json` and `histograms.png` to `--out`. Run it again to go on
+where it was stopped. Exits 1 if samples have to be skipped.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import sys
-import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import jsonargparse
 import matplotlib
-from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from megatron_ross.data.dataset import RossDataset
-from megatron_ross.data.images import ImageProcessor
-from megatron_ross.data.shards import write_sample
-from megatron_ross.data.survey import SKIPPED, Survey, survey_dataset, text_histogram, training_plan
+from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.config.blend import data_sources
+from megatron_ross.config.cli import ConfigError, parse_run_config
+from megatron_ross.config.schema import RunConfig
+from megatron_ross.convert.known_models import known_model
+from megatron_ross.data.dataset import ConcatDataset, RossDataset
+from megatron_ross.data.shard_writer import write_shards
+from megatron_ross.data.survey import (
+    SKIPPED,
+    Survey,
+    findings_per_epoch,
+    survey_dataset,
+    text_histogram,
+    training_plan,
+)
+from megatron_ross.platform import quieten
+from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
+from megatron_ross.training.start import start_path
+from megatron_ross.training.trainer import num_iterations
 
-HALF = (0.5, 0.5, 0.5)
+EFFECTS = {
+    **dict.fromkeys(SKIPPED, "skipped in training"),
+    "mismatch": "masked in training",
+    "images_cut": "images without room are dropped from reconstruction",
+    "bad_image_cut": "broken, but behind the cut: never opened",
+}
 
 
-def main(
-    data: list[str],
-    tokenizer: str,
-    out: Path,
-    image_root: str | None = None,
-    template: str = "qwen_2",
-    image_size: int = 384,
-    num_image_tokens: int = 729,
-    max_length: int = 8192,
-    pack_length: int | None = None,
-    global_batch_size: int = 128,
-    decode_images: bool = True,
-    num_workers: int = 2,
-    write_shards: Path | None = None,
-    samples_per_shard: int = 2000,
-) -> int:
-    """Check, report, and perhaps write shards.
+@dataclass(frozen=True)
+class Source:
+    """One source of the data and what was found in it; `first` is its first sample's id in the whole set."""
 
-    Args:
-        data: LLaVA JSON, JSONL or tar files.
-        tokenizer: folder or name of a Hugging Face tokenizer.
-        out: folder for the report.
-        decode_images: read and decode every image; False checks texts only.
-        write_shards: folder for WebDataset tars of all samples that can be used.
+    name: str
+    dataset: RossDataset
+    survey: Survey
+    first: int
 
-    Returns:
-        Exit status: 1 if any sample has to be skipped.
-    """
-    dataset = RossDataset(
-        data,
-        image_root,
-        AutoTokenizer.from_pretrained(tokenizer),
-        template,
-        ImageProcessor(HALF, HALF, image_size),
-        num_image_tokens,
-        max_length,
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    out.mkdir(parents=True, exist_ok=True)
-    survey = survey_dataset(
-        dataset, decode=decode_images, num_workers=num_workers, progress_file=out / "progress.jsonl"
-    )
-    report(survey, out, global_batch_size, pack_length)
-    if write_shards is not None:
-        shard_dataset(dataset, survey.skipped, write_shards, samples_per_shard)
-    return 1 if survey.skipped else 0
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report and the progress")
+    parser.add_argument("--model", help="LLM+TOWER, e.g. qwen2-7b+siglip-so400m; default: the configured checkpoint's")
+    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer; default: the checkpoint's")
+    parser.add_argument("--skip-images", action="store_true", help="check texts only, open no image")
+    parser.add_argument("--write-shards", type=Path, help="folder for WebDataset tars of all samples that can be used")
+    parser.add_argument("--samples-per-shard", type=int, default=2000)
+    return parser.parse_known_args(argv)
 
 
-def report(survey: Survey, out: Path, global_batch_size: int, pack_length: int | None) -> None:
-    """Print and write everything found."""
-    plan = training_plan(survey, global_batch_size, pack_length)
-    print(text_histogram(survey.num_tokens, "tokens per sample"))
-    print(text_histogram(survey.num_images, "images per sample"))
-    for name, value in plan.items():
-        print(f"{name:20} {value:,.4g}" if isinstance(value, float) else f"{name:20} {value:,}")
-    for kind, count in sorted(survey.counts.items()):
-        print(f"{kind}: {count} samples{' (skipped in training)' if kind in SKIPPED else ''}")
-        for example in survey.examples[kind]:
-            print(f"    {example}")
-    findings = {"counts": dict(survey.counts), "examples": survey.examples, "skipped": sorted(survey.skipped)}
-    (out / "report.json").write_text(json.dumps({"plan": plan} | findings, indent=1) + "\n")
-    draw(survey, out / "histograms.png")
+def open_data(options: argparse.Namespace, run: RunConfig) -> TrainingSet:
+    """The data set as training builds it. Raises ValueError."""
+    if options.model and options.tokenizer:
+        return build_dataset(run, known_model(options.model).vision, Path(options.tokenizer))
+    if not run.training.init_from and not run.training.load:
+        raise ConfigError("init_from='': name a checkpoint to start from, or give both --model and --tokenizer")
+    checkpoint = resolve_checkpoint(start_path(run))
+    model = known_model(options.model) if options.model else Manifest.read(checkpoint).model
+    return build_dataset(run, model.vision, Path(options.tokenizer or checkpoint / ASSETS_NAME))
+
+
+def survey_sources(options: argparse.Namespace, run: RunConfig, data: TrainingSet) -> list[Source]:
+    """Check the sources one after the other; each has a progress file of its own."""
+    parts = data.datasets if isinstance(data, ConcatDataset) else [data]
+    names = source_names(run.data) or [run.data.data_path]
+    sources: list[Source] = []
+    for i, (name, dataset) in enumerate(zip(names, parts, strict=True)):
+        print(f"source {name}: {len(dataset):,} samples", flush=True)
+        survey = survey_dataset(
+            dataset,
+            decode=not options.skip_images,
+            num_workers=run.data.num_workers,
+            progress_file=options.out / f"progress_{i}.jsonl",
+        )
+        first = sources[-1].first + len(sources[-1].dataset) if sources else 0
+        sources.append(Source(name, dataset, survey, first))
+    return sources
+
+
+def make_report(run: RunConfig, data: TrainingSet, sources: Sequence[Source]) -> tuple[Survey, dict[str, Any]]:
+    """Everything found, of all sources together, and as JSON."""
+    whole = Survey()
+    for source in sources:
+        whole.add(source.survey, source.first)
+    plans = {}
+    for packing in (False, True):
+        setting = replace(run, data=replace(run.data, packing=packing))
+        order = build_order(setting, data, whole.num_tokens)
+        plans["packed" if packing else "padded"] = training_plan(whole, order, run.data.global_batch_size)
+        if packing == run.data.packing:
+            per_epoch, train_steps = findings_per_epoch(whole, order), num_iterations(run, order)
+    report = {
+        "packing": run.data.packing,
+        "train_steps": train_steps,
+        "epoch": plans,
+        "per_epoch": per_epoch,
+        "samples": whole.counts,
+        "skipped": sorted(whole.skipped),
+        "sources": {
+            s.name: {"samples": len(s.dataset), "found": s.survey.counts, "examples": s.survey.examples}
+            for s in sources
+        },
+    }
+    return whole, report
+
+
+def print_report(whole: Survey, report: dict[str, Any], sources: Sequence[Source]) -> None:
+    print(text_histogram(whole.num_tokens, "tokens per sample"))
+    print(text_histogram(whole.num_images, "images per sample"))
+    plans = report["epoch"]
+    print(f"{'one epoch':18}{'padded':>16}{'packed':>16}")
+    for name in plans["packed"]:
+        values = (plans[way].get(name, "-") for way in ("padded", "packed"))
+        print(f"{name:18}" + "".join(f"{v:>16,.4g}" if isinstance(v, float) else f"{v:>16}" for v in values))
+    print(f"the run: {report['train_steps']:,} steps, {'packed' if report['packing'] else 'padded'}")
+    for source in sources:
+        print(f"source {source.name}: {len(source.dataset):,} samples")
+        for kind, count in source.survey.counts.items():
+            effect = f" ({EFFECTS[kind]})" if kind in EFFECTS else ""
+            print(f"  {kind}: {count:,} samples{effect}")
+            for example in source.survey.examples[kind]:
+                print(f"      {example}")
+    for kind, count in report["per_epoch"].items():
+        print(f"in one epoch, {kind}: {count:,} of {plans['packed']['samples']:,} samples")
 
 
 def draw(survey: Survey, path: Path) -> None:
@@ -105,30 +162,40 @@ def draw(survey: Survey, path: Path) -> None:
     pyplot.close(figure)
 
 
-def shard_dataset(dataset: RossDataset, skipped: set[int], folder: Path, samples_per_shard: int) -> None:
-    """Write the usable samples as tars. Finished shards are kept, so that it can be run again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    usable = [i for i in range(len(dataset)) if i not in skipped]
-    starts = range(0, len(usable), samples_per_shard)
-    for number, start in enumerate(tqdm(starts, desc="writing shards", unit="shard")):
-        target = folder / f"{number:06}.tar"
-        if target.exists():
-            continue
-        temporary = target.with_suffix(".tmp")
-        with tarfile.open(temporary, "w") as tar:
-            for index in usable[start : start + samples_per_shard]:
-                record = dataset.record(index)
-                images = [
-                    (Path(name).suffix[1:].lower() or "jpg", dataset.read_image(index, i, name))
-                    for i, name in enumerate(record.images)
-                ]
-                turns = [{"from": turn.role, "value": turn.text} for turn in record.turns]
-                write_sample(tar, f"{index:09}", {"id": record.id, "conversations": turns}, images)
-        os.replace(temporary, target)
+def shard_sources(run: RunConfig, sources: Sequence[Source], folder: Path, samples_per_shard: int) -> None:
+    """Write every source's usable samples as tars, and print the settings that read them."""
+    lines = []
+    for source, setting in zip(sources, data_sources(run.data), strict=True):
+        target = folder / source.name if len(sources) > 1 else folder
+        count = write_shards(source.dataset, source.survey.skipped, target, samples_per_shard)
+        path = target / (f"{{000000..{count - 1:06}}}.tar" if count > 1 else "000000.tar")
+        share = f"weight: {setting.weight}" if setting.weight is not None else f"epochs: {setting.epochs}"
+        lines.append(f"  - {{data_path: '{path}', {share}}}" if run.data.blend else f"data_path: '{path}'")
+    print("\n".join(["settings that read the shards:", *(["blend:"] if run.data.blend else []), *lines]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; 1 if samples have to be skipped, or after one line that says what is wrong."""
+    quieten()
+    options, rest = parse(argv)
+    try:
+        if options.samples_per_shard < 1:
+            raise ConfigError(f"samples_per_shard={options.samples_per_shard}: must be at least 1")
+        run = parse_run_config(rest)
+        data = open_data(options, run)
+        options.out.mkdir(parents=True, exist_ok=True)
+        sources = survey_sources(options, run, data)
+        whole, report = make_report(run, data, sources)
+        print_report(whole, report, sources)
+        (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(whole, options.out / "histograms.png")
+        if options.write_shards is not None:
+            shard_sources(run, sources, options.write_shards, options.samples_per_shard)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if whole.skipped else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(jsonargparse.auto_cli(main, as_positional=False))
-    except ValueError as error:
-        sys.exit(f"prepare_data: {error}")
+    sys.exit(main(sys.argv[1:]))

@@ -71,6 +71,7 @@ class RossDataset:
             raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
         if max_length < 1 or num_image_tokens < 1:
             raise ValueError(f"max_length ({max_length}) and num_image_tokens ({num_image_tokens}) must be positive")
+        self._image_root = image_root
         self._sources = open_sources(json_path, image_root, cache_folder)
         self._ends = list(itertools.accumulate(len(source) for source in self._sources))
         self._tokenizer = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer(tokenizer)
@@ -114,7 +115,10 @@ class RossDataset:
 
     def measure(self, index: int) -> Measurement:
         """What `self[index]` would hold, without making it. Raises RecordError, ConversationError."""
-        record = self.record(index)
+        return self.measure_record(self.record(index))
+
+    def measure_record(self, record: Record) -> Measurement:
+        """The same for one of the data set's records. Raises ConversationError."""
         encoded = self._encode(record)
         if self._reference:
             encoded = _without_padding(encoded, self._tokenizer.pad_id)
@@ -150,6 +154,11 @@ class RossDataset:
     def records_fingerprint(self) -> str:
         """Names the files of records and their state."""
         return " ".join(source.fingerprint for source in self._sources)
+
+    @property
+    def images_fingerprint(self) -> str:
+        """Names where images come from and what becomes of them."""
+        return f"{self._image_root} {self.image_processor}"
 
     def _raw(self, index: int) -> tuple[Any, str]:
         if not 0 <= index < len(self):

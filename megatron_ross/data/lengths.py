@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_ross.data.errors import SampleError
 from megatron_ross.data.index import default_cache_folder, locked, write_atomically
+
+T = TypeVar("T")
 
 STUB_LENGTH = 1
 """A sample whose record is broken is replaced by one token (quarantine.stub_sample)."""
@@ -83,7 +85,7 @@ def _cached(what: str, cache_folder: Path | None, compute: Callable[[], np.ndarr
     return np.load(path, mmap_mode="r")
 
 
-def _joined(parts: list[list[int]]) -> np.ndarray:
+def _joined(parts: Iterable[list[int]]) -> np.ndarray:
     return np.array([length for part in parts for length in part], dtype=np.int32)
 
 
@@ -104,31 +106,31 @@ def _length_of(dataset: Measurable, index: int) -> int:
 
 def map_samples(
     dataset: Any,
-    function: Callable[[Any, range], Any],
+    function: Callable[[Any, range], T],
     indices: range,
     num_workers: int,
     show_progress: bool,
     title: str,
-) -> list[Any]:
-    """`function(dataset, piece)` over the pieces of `indices`, in order; in worker processes if there are many samples.
+    spawn_above: int | None = None,
+) -> Iterator[T]:
+    """`function(dataset, piece)` over the pieces of `indices`, in order, as they are done.
 
-    The workers are spawned, not forked: the calling process may have threads and a GPU.
+    More than `spawn_above` samples (by default, so many that it pays off for texts) are spread over worker processes.
+    They are spawned, not forked: the calling process may have threads and a GPU.
     """
     pieces = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
-    bar = tqdm(total=len(indices), desc=title, unit="sample", disable=not show_progress)
-    results = []
-    with bar:
-        if num_workers < 2 or len(indices) < _SPAWN_ABOVE:
+    threshold = _SPAWN_ABOVE if spawn_above is None else spawn_above
+    with tqdm(total=len(indices), desc=title, unit="sample", disable=not show_progress) as bar:
+        if num_workers < 2 or len(indices) < threshold:
             for piece in pieces:
-                results.append(function(dataset, piece))
+                yield function(dataset, piece)
                 bar.update(len(piece))
-            return results
+            return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(num_workers, context, _set_dataset, (dataset, function)) as pool:
-            for piece, result in zip(pieces, pool.map(_run_piece, pieces, chunksize=4), strict=True):
-                results.append(result)
+            for piece, result in zip(pieces, pool.map(_run_piece, pieces), strict=True):
+                yield result
                 bar.update(len(piece))
-    return results
 
 
 _worker: list[Any] = []  # of a worker process: its data set and function, sent once instead of with every piece

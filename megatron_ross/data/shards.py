@@ -27,7 +27,7 @@ from megatron_ross.data.errors import ImageError, RecordError
 from megatron_ross.data.index import default_cache_folder, locked, write_atomically
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
-_IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "img"}
+IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "img"}
 
 
 class ShardFile:
@@ -127,7 +127,7 @@ def _build(file: IO[bytes]) -> np.ndarray:
         if text is None:
             continue
         records.append((*members[text], int(text == "txt"), len(images)))
-        images += [(*members[t], 0, 0) for t in sorted(members, key=_image_number) if t.split(".")[-1] in _IMAGE_TYPES]
+        images += [(*members[t], 0, 0) for t in sorted(members, key=_image_number) if t.split(".")[-1] in IMAGE_TYPES]
     return np.array([(len(records), len(images), 0, 0), *records, *images], dtype=np.int64)
 
 

@@ -8,63 +8,68 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ross.data.dataset import RossDataset
+from megatron_ross.data.dataset import Measurement, RossDataset
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
 from megatron_ross.data.images import decode_image
 from megatron_ross.data.lengths import STUB_LENGTH, map_samples
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.data.packing import PackedOrder, utilisation
+from megatron_ross.data.records import Record
 
 SKIPPED = ("bad_record", "bad_conversation", "bad_image")
-"""Kinds of findings for which training skips the sample; the others only reduce what is learnt from it."""
+"""Kinds of findings for which training skips the sample, and counts it as `bad`."""
 
 _MAX_EXAMPLES = 5
+_SPAWN_ABOVE_IMAGES = 2_000  # images take ten times as long as texts
 
 
 @dataclass
 class Survey:
-    """Sizes by sample, and findings: kind -> count and a few examples."""
+    """Sizes by sample as training will see it, and findings: kind -> the samples that have it, and a few examples.
+
+    A skipped sample has one finding of `SKIPPED`. Others may be masked (`mismatch`) or lose images (`images_cut`); as
+    in training, what is masked does not count as cut. `empty_answer`, `nothing_supervised` and `bad_image_cut` (a
+    broken image behind the sample's cut, which training never opens) are for the user only.
+    """
 
     num_tokens: list[int] = field(default_factory=list)
     num_images: list[int] = field(default_factory=list)
-    num_supervised: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+    num_supervised: list[int] = field(default_factory=list)
+    found: dict[str, list[int]] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    skipped: set[int] = field(default_factory=set)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples by kind of finding."""
+        return {kind: len(samples) for kind, samples in sorted(self.found.items())}
+
+    @property
+    def skipped(self) -> set[int]:
+        """Samples that training skips."""
+        return {index for kind in SKIPPED for index in self.found.get(kind, [])}
 
     def find(self, kind: str, index: int, message: str) -> None:
         """Note a finding."""
-        self.counts[kind] += 1
+        self.found.setdefault(kind, []).append(index)
         shown = self.examples.setdefault(kind, [])
         if len(shown) < _MAX_EXAMPLES:
             shown.append(message)
-        if kind in SKIPPED:
-            self.skipped.add(index)
 
-    def add(self, other: Survey) -> None:
-        """Append the survey of the following samples."""
+    def add(self, other: Survey, offset: int = 0) -> None:
+        """Append the survey of the following samples, whose ids become larger by `offset`."""
         self.num_tokens += other.num_tokens
         self.num_images += other.num_images
         self.num_supervised += other.num_supervised
-        self.counts += other.counts
-        self.skipped |= other.skipped
-        for kind, messages in other.examples.items():
-            self.examples[kind] = (self.examples.get(kind, []) + messages)[:_MAX_EXAMPLES]
-
-    def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"counts": dict(self.counts), "skipped": sorted(self.skipped)}
-
-    @classmethod
-    def from_json(cls, d: dict[str, Any]) -> Survey:
-        return cls(**d | {"counts": Counter(d["counts"]), "skipped": set(d["skipped"])})
+        for kind, samples in other.found.items():
+            self.found.setdefault(kind, []).extend(index + offset for index in samples)
+            self.examples[kind] = (self.examples.get(kind, []) + other.examples[kind])[:_MAX_EXAMPLES]
 
 
 @dataclass(frozen=True)
@@ -76,39 +81,48 @@ class Checker:
     def __call__(self, dataset: RossDataset, indices: range) -> Survey:
         survey = Survey()
         for index in indices:
-            tokens, images = self._check(dataset, index, survey)
-            survey.num_tokens.append(tokens)
-            survey.num_images.append(images)
+            sizes = self._check(dataset, index, survey)
+            survey.num_tokens.append(sizes.num_tokens)
+            survey.num_images.append(sizes.num_images)
+            survey.num_supervised.append(sizes.num_supervised)
         return survey
 
-    def _check(self, dataset: RossDataset, index: int, survey: Survey) -> tuple[int, int]:
-        """Tokens and images of one sample as training will see it."""
+    def _check(self, dataset: RossDataset, index: int, survey: Survey) -> Measurement:
+        """Sizes of one sample as training will see it."""
         try:
             record = dataset.record(index)
-            sizes = dataset.measure(index)
+            sizes = dataset.measure_record(record)
         except RecordError as error:
             survey.find("bad_record", index, str(error))
-            return STUB_LENGTH, 0
+            return _STUB
         except ConversationError as error:
             survey.find("bad_conversation", index, str(error))
-            return STUB_LENGTH, 0
+            return _STUB
         if any(turn.role == "gpt" and not turn.text.strip() for turn in record.turns):
             survey.find("empty_answer", index, record.where)
+        if self.decode and not self._check_images(dataset, index, record, sizes.num_images, survey):
+            return replace(sizes, num_supervised=0)
         if sizes.mismatch:
             survey.find("mismatch", index, record.where)
-        elif not sizes.num_supervised:
+        elif sizes.num_images_cut:
+            survey.find("images_cut", index, f"{record.where}: {sizes.num_images_cut} images do not fit seq_length")
+        if not sizes.mismatch and not sizes.num_supervised:
             survey.find("nothing_supervised", index, record.where)
-        if sizes.num_images_cut:
-            survey.find("images_cut", index, f"{record.where}: {sizes.num_images_cut} images do not fit max_length")
-        try:
-            for number, name in enumerate(record.images):
-                if self.decode:
-                    dataset.image_processor.to_uint8(decode_image(dataset.read_image(index, number, name), name))
-        except ImageError as error:
-            survey.find("bad_image", index, f"{record.where}: {error}")
-        else:
-            survey.num_supervised += sizes.num_supervised
-        return sizes.num_tokens, sizes.num_images
+        return sizes
+
+    def _check_images(self, dataset: RossDataset, index: int, record: Record, num_used: int, survey: Survey) -> bool:
+        """Whether training can decode the first `num_used` images of a record, which are all that it opens."""
+        for number, name in enumerate(record.images):
+            try:
+                dataset.image_processor.to_uint8(decode_image(dataset.read_image(index, number, name), name))
+            except ImageError as error:
+                is_used = number < num_used
+                survey.find("bad_image" if is_used else "bad_image_cut", index, f"{record.where}: {error}")
+                return not is_used
+        return True
+
+
+_STUB = Measurement(STUB_LENGTH, num_supervised=0, num_images=0, num_images_cut=0, mismatch=False)
 
 
 def survey_dataset(
@@ -118,33 +132,42 @@ def survey_dataset(
     num_workers: int,
     progress_file: Path,
     show_progress: bool = True,
-    block: int = 100_000,
+    block: int = 10_000,
 ) -> Survey:
     """Check every sample; goes on after the last finished block that `progress_file` holds for the same data.
 
     Raises:
         ValueError: the progress file belongs to other data or settings.
     """
-    head = {"fingerprint": dataset.fingerprint, "decode": decode, "block": block}
-    done = list(_read_progress(progress_file, head))
+    head = {"fingerprint": dataset.fingerprint, "images": dataset.images_fingerprint if decode else None}
     survey = Survey()
-    for part in done:
+    for part in _read_progress(progress_file, head):
         survey.add(part)
-    lines = [json.dumps(head), *(json.dumps(part.to_json()) for part in done)]
-    temporary = progress_file.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, progress_file)  # drops the line that was being written when the survey was stopped
+    _write_whole(progress_file, [json.dumps(head), json.dumps(vars(survey))])
+    indices = range(len(survey.num_tokens), len(dataset))
+    if show_progress and indices.start:
+        print(f"{indices.start:,} samples were checked before; delete {progress_file} to check them again")
+    spawn_above = _SPAWN_ABOVE_IMAGES if decode else None
+    title = f"checking samples from {indices.start}"
+    part = Survey()
     with progress_file.open("a") as file:
-        for start in range(len(done) * block, len(dataset), block):
-            indices = range(start, min(start + block, len(dataset)))
-            title = f"checking samples from {start} of {len(dataset)}"
-            part = Survey()
-            for piece in map_samples(dataset, Checker(decode), indices, num_workers, show_progress, title):
-                part.add(piece)
-            survey.add(part)
-            file.write(json.dumps(part.to_json()) + "\n")
-            file.flush()
+        for piece in map_samples(dataset, Checker(decode), indices, num_workers, show_progress, title, spawn_above):
+            part.add(piece)
+            if len(part.num_tokens) >= block:
+                survey.add(part)
+                file.write(json.dumps(vars(part)) + "\n")
+                file.flush()
+                part = Survey()
+        survey.add(part)
+        file.write(json.dumps(vars(part)) + "\n")
     return survey
+
+
+def _write_whole(path: Path, lines: list[str]) -> None:
+    """Replace a file, so that a line which was being written when the survey was stopped is gone."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, path)
 
 
 def _read_progress(path: Path, head: dict[str, Any]) -> Iterator[Survey]:
@@ -155,27 +178,32 @@ def _read_progress(path: Path, head: dict[str, Any]) -> Iterator[Survey]:
         raise ValueError(f"{path} belongs to other data or settings; delete it to survey anew")
     for line in lines[1:]:
         try:
-            yield Survey.from_json(json.loads(line))
+            yield Survey(**json.loads(line))
         except json.JSONDecodeError:  # half a line
             return
 
 
-def training_plan(survey: Survey, global_batch_size: int, pack_length: int | None) -> dict[str, float]:
-    """What one epoch will be: sequences and steps, padded and packed, and how full packs are."""
+def training_plan(survey: Survey, order: SampleOrder, global_batch_size: int) -> dict[str, float]:
+    """What the first epoch of an order will be; samples that a blend repeats count as often as they come."""
     lengths = np.array(survey.num_tokens)
+    ids = order.epoch_ids(0)
     plan: dict[str, float] = {
-        "samples": len(lengths),
-        "tokens": int(lengths.sum()),
-        "supervised_tokens": survey.num_supervised,
-        "images": int(sum(survey.num_images)),
-        "steps_unpacked": len(lengths) / global_batch_size,
+        "samples": len(ids),
+        "sequences": order.epoch_length(0),
+        "steps": order.epoch_length(0) / global_batch_size,
+        "tokens": int(lengths[ids].sum()),
+        "supervised_tokens": int(np.array(survey.num_supervised)[ids].sum()),
+        "images": int(np.array(survey.num_images)[ids].sum()),
     }
-    if pack_length is not None and lengths.max() <= pack_length:
-        order = PackedOrder(SampleOrder(len(lengths)), lengths, pack_length)
-        plan["packs"] = order.epoch_length(0)
-        plan["steps_packed"] = order.epoch_length(0) / global_batch_size
-        plan["pack_utilisation"] = utilisation(order.plan(0), lengths, pack_length)
+    if isinstance(order, PackedOrder):
+        plan["pack_utilisation"] = utilisation(order.plan(0), lengths, order.capacity)
     return plan
+
+
+def findings_per_epoch(survey: Survey, order: SampleOrder) -> dict[str, int]:
+    """Samples of the first epoch of an order by kind of finding."""
+    times = np.bincount(order.epoch_ids(0), minlength=len(survey.num_tokens))
+    return {kind: int(times[samples].sum()) for kind, samples in sorted(survey.found.items())}
 
 
 def text_histogram(values: list[int], title: str, width: int = 50, num_bins: int = 12) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,8 +48,11 @@ def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> Trainin
     return ConcatDataset(datasets) if run.data.blend else datasets[0]
 
 
-def build_order(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
-    """The global order of sequences; the same on every rank and for every data-parallel size."""
+def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | None = None) -> SampleOrder:
+    """The global order of sequences; the same on every rank and for every data-parallel size.
+
+    `lengths`: tokens of every sample, if they are known already.
+    """
     data, seed = run.data, run.loss.seed
     blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
     order: SampleOrder
@@ -60,7 +64,8 @@ def build_order(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
     else:
         order = blend or SampleOrder(len(dataset), seed)
     if data.packing:
-        return PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
+        known = token_lengths(dataset) if lengths is None else lengths
+        return PackedOrder(order, known, data.seq_length, data.packing_lookahead)
     return order
 
 

@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
+from megatron_ross.data import lengths as lengths_module
 from megatron_ross.data.dataset import RossDataset
 from megatron_ross.data.loader import RossLoader
-from megatron_ross.data.order import SampleOrder
+from megatron_ross.data.order import BlendedOrder, SampleOrder
+from megatron_ross.data.packing import PackedOrder
 from megatron_ross.data.quarantine import BadSamplePolicy
-from megatron_ross.data.survey import Checker, survey_dataset, text_histogram, training_plan
+from megatron_ross.data.survey import Checker, findings_per_epoch, survey_dataset, text_histogram, training_plan
 
 ROOT = Path(__file__).parents[3]
 
@@ -61,17 +61,19 @@ def test_survey_drops_what_training_drops(dataset, tmp_path):
     assert survey.skipped == {line["sample_id"] for line in lines if line["status"] == "bad"}
     assert {0, 1, 10, 5, 21} == survey.skipped
     assert loader.bad_sample_counts == {"bad": len(survey.skipped), "mismatch": survey.counts["mismatch"]}
-    assert survey.num_supervised == sum(batch.num_supervised_tokens for batch in step)
+    assert sum(survey.num_supervised) == sum(batch.num_supervised_tokens for batch in step)
     assert survey.counts["bad_record"] == survey.counts["bad_conversation"] == survey.counts["empty_answer"] == 1
     assert "outside the image root" in " ".join(survey.examples["bad_image"])
     loader.close()
 
 
 def test_stopped_survey_goes_on(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths_module, "_CHUNK", 3)
     whole = _survey(dataset, tmp_path, block=6)
     (tmp_path / "a").mkdir()
     lines = (tmp_path / "progress.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a/progress.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    assert len(lines) == 6, "what it knew, three blocks of at least 6, and the rest, empty here"
+    (tmp_path / "a/progress.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
     seen: list[int] = []
     original = Checker._check
     monkeypatch.setattr(Checker, "_check", lambda self, d, i, s: seen.append(i) or original(self, d, i, s))
@@ -86,12 +88,22 @@ def test_stopped_survey_goes_on(dataset, tmp_path, monkeypatch):
 
 def test_plan_counts(dataset, tmp_path):
     survey = _survey(dataset, tmp_path)
-    plan = training_plan(survey, 4, 512)
-    assert plan["samples"] == 23
-    assert plan["tokens"] == sum(dataset_length(dataset, i) for i in range(23))
-    assert plan["steps_unpacked"] == 23 / 4
-    assert plan["packs"] >= plan["tokens"] / 512
-    assert plan["pack_utilisation"] == pytest.approx(plan["tokens"] / (plan["packs"] * 512))
+    padded = training_plan(survey, SampleOrder(23), 4)
+    packed = training_plan(survey, PackedOrder(SampleOrder(23), survey.num_tokens, 512), 4)
+    assert padded["samples"] == packed["samples"] == padded["sequences"] == 23
+    assert padded["tokens"] == packed["tokens"] == sum(dataset_length(dataset, i) for i in range(23))
+    assert padded["steps"] == 23 / 4
+    assert packed["sequences"] == 4 * packed["steps"] >= packed["tokens"] / 512
+    assert packed["pack_utilisation"] == pytest.approx(packed["tokens"] / (packed["sequences"] * 512))
+
+
+def test_repeated_samples_count_as_often_as_they_come(dataset, tmp_path):
+    survey = _survey(dataset, tmp_path)
+    order = BlendedOrder([10, 13], [3.0, 0.0])
+    lengths = [dataset_length(dataset, i) for i in range(10)]
+    assert training_plan(survey, order, 4)["tokens"] == 3 * sum(lengths)
+    assert findings_per_epoch(survey, order)["bad_record"] == 3
+    assert findings_per_epoch(survey, SampleOrder(23))["bad_record"] == 1
 
 
 def dataset_length(dataset, index):
@@ -101,31 +113,23 @@ def dataset_length(dataset, index):
         return 1
 
 
+def test_a_broken_image_behind_the_cut_is_reported_but_not_dropped(mixed, qwen, processor, tmp_path):
+    records = json.loads((mixed / "data.json").read_text())
+    records[9]["image"] = ["1.png", "gone.png"]
+    (mixed / "data.json").write_text(json.dumps(records))
+    room = len(RossDataset(mixed / "data.json", mixed / "images", qwen, "qwen_2", processor, 16, 512)[9].input_ids)
+    for max_length, kinds in ((512, {"bad_image"}), (60, {"bad_image_cut", "images_cut"})):
+        assert room > 60
+        dataset = RossDataset(mixed / "data.json", mixed / "images", qwen, "qwen_2", processor, 16, max_length)
+        survey = _survey(dataset, tmp_path, progress_file=tmp_path / f"{max_length}.jsonl")
+        assert {kind for kind, samples in survey.found.items() if 9 in samples} - {"nothing_supervised"} == kinds
+        assert (9 in survey.skipped) == (max_length == 512)
+
+
 def test_text_histogram_counts_everything():
     text = text_histogram([1, 1, 2, 40], "title")
     assert sum(int(line.split()[-1]) for line in text.splitlines()[1:]) == 4
     assert text_histogram([3, 3], "t").splitlines()[1].split() == ["3", "#" * 50, "2"]
-
-
-def test_prepare_data_reports_and_writes_shards(mixed, golden, qwen, processor, tmp_path, capsys):
-    main = _tool("prepare_data").main
-    settings = {"image_root": str(mixed / "images"), "image_size": 56, "num_image_tokens": 16, "num_workers": 1}
-    status = main([str(mixed / "data.json")], str(golden / "llm_qwen2"), tmp_path / "out", pack_length=8192,
-                  write_shards=tmp_path / "shards", samples_per_shard=7, **settings)  # fmt: skip
-    assert status == 1
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert Image.open(tmp_path / "out/histograms.png").size[0] > 500
-    assert "bad_image" in capsys.readouterr().out
-    local = RossDataset(mixed / "data.json", mixed / "images", qwen, "qwen_2", processor, 16, 512)
-    kept = [i for i in range(23) if i not in report["skipped"]]
-    shards = sorted(str(p) for p in (tmp_path / "shards").iterdir())
-    assert len(shards) == -(-len(kept) // 7)
-    packed = RossDataset(shards, None, qwen, "qwen_2", processor, 16, 512, cache_folder=tmp_path / "cache")
-    assert len(packed) == len(kept)
-    for number, index in enumerate(kept):
-        assert torch.equal(packed[number].input_ids, local[index].input_ids)
-        for a, b in zip(packed[number].images, local[index].images, strict=True):
-            assert torch.equal(a.load_pixels(), b.load_pixels())
 
 
 def test_check_preprocessing_passes_on_the_golden_files(golden, capsys):

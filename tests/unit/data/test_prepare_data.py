@@ -1,0 +1,176 @@
+"""tools/prepare_data.py: what it says of a run's data, by source, is what training then does; shards hold the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.config.cli import parse_run_config
+from megatron_ross.data.loader import RossLoader
+from megatron_ross.data.quarantine import BadSamplePolicy
+from megatron_ross.data.survey import SKIPPED
+from megatron_ross.training.data import build_dataset, build_order
+from megatron_ross.training.trainer import num_iterations
+from tests.helpers.variants import make_variant
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools/prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_variant(tmp_path_factory.mktemp("model"), "qwen2_siglip").path
+
+
+@pytest.fixture
+def blend(toy) -> list[dict[str, Any]]:
+    """Two files with one of every fault; the second source comes half as often as the first."""
+    records = json.loads((toy / "data.json").read_text())
+    human = {"from": "human", "value": "Well?"}
+    records[0] = {"id": "r", "conversations": 3}
+    records[1] = {"id": "c", "image": "1.png", "conversations": [human, {"from": "gpt", "value": "x"}]}
+    records[3] = {"id": "e", "conversations": [human, {"from": "gpt", "value": " "}]}
+    records[4]["image"] = "TWO.TIFF"
+    records[8] = {"id": "m", "conversations": [human, {"from": "gpt", "value": "USER: a ASSISTANT: b"}]}
+    question = {"from": "human", "value": "<image>\n" * 5 + "Which?"}
+    records[9] = {"id": "l", "image": ["1.png"] * 5, "conversations": [question, {"from": "gpt", "value": "x"}]}
+    records[10]["image"] = "../data.json"
+    Image.open(toy / "images/4.png").save(toy / "images/TWO.TIFF")
+    (toy / "images/5.png").write_bytes((toy / "images/5.png").read_bytes()[:200])
+    for name, part in (("a", records[:9]), ("b", records[9:])):
+        (toy / f"{name}.json").write_text(json.dumps(part))
+    folder = str(toy / "images")
+    return [
+        {"data_path": str(toy / "a.json"), "image_folder": folder, "epochs": 2},
+        {"data_path": str(toy / "b.json"), "image_folder": folder, "epochs": 1},
+    ]
+
+
+@pytest.fixture
+def config(blend, checkpoint, tmp_path) -> Path:
+    settings = {"blend": blend, "init_from": str(checkpoint), "seq_length": 100, "packing": True,
+                "global_batch_size": 3, "num_workers": 1, "num_epochs": 2, "seed": 5}  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def _consumed(config: Path, num_sequences: int) -> RossLoader:
+    """A closed loader that trained on so many sequences."""
+    run = parse_run_config(["--config", str(config)])
+    assets = resolve_checkpoint(Path(run.training.init_from))
+    dataset = build_dataset(run, Manifest.read(assets).model.vision, assets / ASSETS_NAME)
+    order = build_order(run, dataset)
+    policy = BadSamplePolicy(max_bad_share=1, max_mismatch_share=1)
+    loader = RossLoader(dataset, order, global_batch_size=1, micro_batch_size=1, source_ends=dataset.ends,
+                        pack_length=run.data.seq_length, num_workers=1, bad_samples=policy)  # fmt: skip
+    loader.supervised = sum(batch.num_supervised_tokens for _ in range(num_sequences) for batch in loader.next_step())
+    loader.close()
+    assert loader.consumed_sequences == order.epoch_length(0)
+    loader.train_steps = num_iterations(run, order)
+    return loader
+
+
+def test_a_blend_is_reported_as_training_takes_it(tool, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["--config", str(config), "--out", str(tmp_path / "out")]
+    assert tool.main(arguments) == 1
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    plan, per_epoch = report["epoch"]["packed"], report["per_epoch"]
+    training = _consumed(config, plan["sequences"])
+    assert training.consumed_samples == plan["samples"] == 2 * 9 + 14
+    assert training.consumed_by_source == [18, 14]
+    assert training.supervised == plan["supervised_tokens"] > 0
+    assert training.train_steps == report["train_steps"]
+    assert training.bad_sample_counts == {
+        "bad": sum(per_epoch.get(kind, 0) for kind in SKIPPED),
+        "mismatch": per_epoch["mismatch"],
+        "images_cut": per_epoch["images_cut"],
+    }
+    first, second = report["sources"].values()
+    assert list(report["sources"]) == ["0_a", "1_b"]
+    assert first["found"]["bad_record"] == first["found"]["bad_conversation"] == first["found"]["empty_answer"] == 1
+    assert per_epoch["bad_record"] == 2, "its source comes twice"
+    assert "outside the image root" in " ".join(second["examples"]["bad_image"])
+    assert Counter(report["samples"]) == Counter(first["found"]) + Counter(second["found"])
+    for text in ("tokens per sample", "images per sample", "#####", "source 1_b: 14 samples", "(skipped in training)"):
+        assert text in printed
+    assert Image.open(tmp_path / "out/histograms.png").size[0] > 500
+
+
+def test_shards_of_a_blend_hold_what_training_can_use(tool, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = tmp_path / "shards"
+    arguments = ["--config", str(config), "--out", str(tmp_path / "out")]
+    shard_arguments = [*arguments, "--write-shards", str(shards), "--samples-per-shard", "4"]
+    tool.main(shard_arguments)
+    printed = capsys.readouterr().out
+    settings = yaml.safe_load(printed[printed.index("blend:") :])
+    skipped = set(json.loads((tmp_path / "out/report.json").read_text())["skipped"])
+    run = parse_run_config(["--config", str(config)])
+    assets = resolve_checkpoint(Path(run.training.init_from))
+    vision = Manifest.read(assets).model.vision
+    flags = ["--config", str(config), "--blend", json.dumps(settings["blend"])]
+    local, packed = (build_dataset(r, vision, assets / ASSETS_NAME) for r in (run, parse_run_config(flags)))
+    kept = [i for i in range(23) if i not in skipped]
+    assert len(packed) == len(kept)
+    for number, index in enumerate(kept):
+        assert torch.equal(packed[number].input_ids, local[index].input_ids)
+        for a, b in zip(packed[number].images, local[index].images, strict=True):
+            assert torch.equal(a.load_pixels(), b.load_pixels())
+    removed = sorted(shards.glob("*/*.tar"))[1]
+    content = removed.read_bytes()
+    removed.unlink()
+    tool.main(shard_arguments)
+    assert removed.read_bytes() == content
+    capsys.readouterr()
+    assert tool.main([*shard_arguments[:-1], "5"]) == 1
+    assert "holds shards of other samples" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_model_and_tokenizer_are_named(tool, toy, golden, tmp_path, capsys):
+    arguments = ["--data-path", str(toy / "data.json"), "--image-folder", str(toy / "images"), "--num-workers", "1",
+                 "--seq-length", "2048", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert tool.main(arguments) == 1
+    assert "give both --model and --tokenizer" in capsys.readouterr().err
+    named = ["--model", "qwen2-7b+siglip-so400m", "--tokenizer", str(golden / "llm_qwen2")]
+    assert tool.main([*arguments, *named, "--skip-images"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["epoch"]["padded"]["samples"] == 23
+    assert report["epoch"]["padded"]["tokens"] > 729 * report["epoch"]["padded"]["images"]
+    assert report["train_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "gone.json"], "error: cannot read the data file gone.json"),
+        (["--blend", "[{data_path: a.json}]"], "error: blend[0]: has neither weight nor epochs"),
+        (["--samples-per-shard", "0"], "error: samples_per_shard=0: must be at least 1"),
+        (["--data_root", "x"], "error: data_root: no such setting"),
+        (["--model", "gpt-5"], "error: "),
+    ],
+)
+def test_mistakes_are_one_line(tool, golden, tmp_path, capsys, flags, message):
+    named = ["--model", "qwen2-7b+siglip-so400m", "--tokenizer", str(golden / "llm_qwen2")]
+    assert tool.main(["--out", str(tmp_path), *named, *flags]) == 1
+    assert capsys.readouterr().err.startswith(message)
