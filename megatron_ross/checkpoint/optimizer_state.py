@@ -67,35 +67,38 @@ def load_optimizer_state(
         )
         piece.main.data.copy_(main)
         piece.state.update(exp_avg=exp_avg.clone(), exp_avg_sq=exp_avg_sq.clone())
-    for inner in _distributed_optimizers(optimizer):
+    for inner in distributed_optimizers(optimizer):
         _set_num_updates(inner.optimizer, num_updates)
 
 
 def _set_num_updates(inner: torch.optim.Optimizer, num_updates: int) -> None:
     """torch optimizers count steps per tensor, TransformerEngine's and Apex's per group."""
     if isinstance(inner, torch.optim.AdamW):
-        for state in inner.state.values():
-            state["step"] = torch.tensor(float(num_updates))
+        for parameter, state in inner.state.items():
+            # A fused kernel reads the count where the parameter is.
+            device = parameter.device if inner.defaults["fused"] else None
+            state["step"] = torch.tensor(float(num_updates), device=device)
     else:
         for group in inner.param_groups:
             group["step"] = num_updates
 
 
-def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers of this rank that have parameters."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [o for o in chained if isinstance(o, DistributedOptimizer) and not getattr(o, "is_stub_optimizer", False)]
 
 
 def _trainable_parameters(optimizer: MegatronOptimizer) -> Iterator[nn.Parameter]:
     """All trainable parameters of this rank's buffers, in one order on all data-parallel ranks."""
-    for distributed in _distributed_optimizers(optimizer):
+    for distributed in distributed_optimizers(optimizer):
         for buffer in distributed.buffers:
             yield from buffer.params
 
 
 def parameter_slices(optimizer: MegatronOptimizer) -> Iterator[ParameterSlice]:
     """This data-parallel rank's slices of the parameters in Megatron's gradient buffers."""
-    for distributed in _distributed_optimizers(optimizer):
+    for distributed in distributed_optimizers(optimizer):
         for ranges_by_dtype in distributed.gbuf_ranges:
             for buckets in ranges_by_dtype.values():
                 for bucket in buckets:

@@ -29,7 +29,13 @@ class ParallelConfig:
     batch_p2p_comm: bool | None = None
     """Batch sends and receives; None means the opposite of overlap_p2p_comm."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
+    """Gather updated parameters over data-parallel ranks while the forward pass goes on; needs overlap_grad_reduce."""
+    ddp_bucket_size: int | None = None
+    """Parameters per message of the two overlaps; None is Megatron's choice, at least 40 million."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel messages with matrix products, through TransformerEngine's user buffers."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer fails the run."""
 
@@ -42,14 +48,37 @@ class ComputeConfig:
     """bf16 parameters with fp32 main weights and fp32 gradient reduction; otherwise everything is fp32."""
     denoiser_dtype: Literal["fp32", "bf16", "tf32"] = "fp32"
     """Arithmetic of the denoiser; published training uses fp32."""
+    vision_tower_dtype: Literal["fp32", "bf16", "tf32"] | None = None
+    """Storage and arithmetic of the vision tower; None is the decoder's, bf16 or fp32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Decoder layers; `auto` takes TransformerEngine's when it is installed and a GPU is used."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """The decoder's attention: flash-attn, cuDNN or plain through TransformerEngine, or PyTorch's (`local`); `auto`
+    leaves it to TransformerEngine where that can run, else takes PyTorch's."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """FP8 products in the decoder's linear layers; `hybrid` keeps gradients in e5m2."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 scales are found: from past maxima, from this tensor's, or per block of it."""
+    fp8_margin: int = 0
+    fp8_amax_history_len: int = 1
+    """`delayed`: how many past maxima a scale looks at."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    fp8_wgrad: bool = True
+    """`delayed`: false computes weight gradients in bf16."""
+    first_last_layers_bf16: bool = False
+    """Keep decoder layers at both ends out of FP8."""
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
+    gradient_accumulation_fusion: bool = False
+    """Weight-gradient products add to the fp32 gradient buffer directly."""
     lm_head_chunk_tokens: int = 4096
     """Most supervised tokens of a microbatch whose logits exist at the same time; beyond, the LM head goes chunk by
     chunk and computes its logits again in the backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
+    recompute_modules: list[str] | None = None
+    """What `selective` computes again: core_attn, mlp; None is Megatron's [core_attn]."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,8 @@ class LossConfig:
 class OptimizerSettings:
     """AdamW and its schedule."""
 
+    optimizer_impl: Literal["auto", "transformer_engine", "apex", "torch"] = "auto"
+    """Whose fused AdamW; `auto` takes the first of them that is installed and runs here."""
     lr: float = 1e-3
     min_lr: float = 0.0
     mm_projector_lr: float | None = None

@@ -117,7 +117,7 @@ class Attention(nn.Module):
         rows, n_tokens, width = x.shape
         qkv = self.qkv(x).view(rows, n_tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v) if rows else v  # fused kernels may refuse an empty batch
         return self.proj(out.transpose(1, 2).reshape(rows, n_tokens, width))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ross.config.layout import StageLayout
@@ -24,8 +25,9 @@ def transformer_config(
     parallel: ParallelConfig,
     compute: ComputeConfig,
     layout: StageLayout,
+    attention_backend: str = "local",
 ) -> TransformerConfig:
-    """Megatron's configuration of the decoder and of the pipeline schedule."""
+    """Megatron's configuration of the decoder and of the pipeline schedule; `attention_backend` as in `Features`."""
     dtype = torch.bfloat16 if compute.bf16 else torch.float32
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     overlap = interleaved if parallel.overlap_p2p_comm is None else parallel.overlap_p2p_comm
@@ -48,10 +50,31 @@ def transformer_config(
         recompute_granularity=compute.recompute_granularity,
         recompute_method=compute.recompute_method,
         recompute_num_layers=compute.recompute_num_layers,
+        recompute_modules=compute.recompute_modules,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        gradient_accumulation_fusion=compute.gradient_accumulation_fusion,
+        attention_backend=AttnBackend[attention_backend],
+        **_fp8(compute),
         # Fusions compiled at run time pay off on GPU only.
         bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=torch.cuda.is_available(),
     )
+
+
+def _fp8(compute: ComputeConfig) -> dict[str, Any]:
+    """Megatron's fields of the same names, as they are."""
+    names = (
+        "fp8",
+        "fp8_recipe",
+        "fp8_margin",
+        "fp8_amax_history_len",
+        "fp8_amax_compute_algo",
+        "fp8_wgrad",
+        "first_last_layers_bf16",
+        "num_layers_at_start_in_bf16",
+        "num_layers_at_end_in_bf16",
+    )
+    return {name: getattr(compute, name) for name in names}
 
 
 def _architecture(model: LanguageModelConfig) -> dict[str, Any]:

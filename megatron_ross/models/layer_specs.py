@@ -119,10 +119,13 @@ class FlatRowParallelLinear(_FlatGradient, RowParallelLinear):
     """Megatron's, with a flat gradient."""
 
 
-def decoder_layer_spec(*, transformer_engine: bool) -> ModuleSpec:
-    """Specification of one decoder layer."""
+def decoder_layer_spec(*, transformer_engine: bool, attention_backend: str = "local") -> ModuleSpec:
+    """Specification of one decoder layer; with `local` attention, TransformerEngine's layer runs PyTorch's."""
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        if attention_backend == "local":
+            spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm

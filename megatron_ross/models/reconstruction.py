@@ -19,8 +19,8 @@ from megatron_ross.models.denoiser import RossDenoiser
 from megatron_ross.models.diffusion import cosine_tables
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.parallel.groups import ParallelGroups
-from megatron_ross.parallel.shares import connect
 from megatron_ross.platform import current_device
+from megatron_ross.precision import DTYPES, in_tf32
 
 
 class ReconstructionHead(nn.Module):
@@ -60,7 +60,7 @@ class ReconstructionHead(nn.Module):
             in_channels=4 * model.vae.latent_channels,
             hidden_size=model.language.hidden_size,
             grid_size=model.vision.grid_size,
-            compute_dtype=torch.bfloat16 if compute_dtype == "bf16" else torch.float32,
+            compute_dtype=DTYPES[compute_dtype],
         ).to(device=device, dtype=config.params_dtype)
         self.latent_encoder = None if cached_latents else LatentEncoder(model.vae, model.vision).to(device=device)
         tables = cosine_tables().to(device)
@@ -77,7 +77,7 @@ class ReconstructionHead(nn.Module):
         mine = image_share(batch.num_images, self.groups.tp.rank(), self.groups.tp.size())
         wanted = (batch.recon_weight[mine.start : mine.stop] > 0).nonzero().squeeze(1)
         if wanted.numel() == 0:
-            return connect(self.denoiser) + 0.0 * hidden.flatten()[0].float()
+            return self._no_loss(hidden, batch, mine.start + wanted)
         share = mine.start + wanted
         condition = self._condition(hidden, batch, share)
         noise = self._noise(batch, share)
@@ -107,15 +107,23 @@ class ReconstructionHead(nn.Module):
             dtype=self.denoiser.compute_dtype,
         )
 
+    def _no_loss(self, hidden: Tensor, batch: RossMicrobatch, nothing: Tensor) -> Tensor:
+        """Zero, from a denoiser that runs on no image.
+
+        Its autograd graph is that of other ranks: gradients become ready in the same order, so that reductions which
+        overlap the backward pass (`overlap_grad_reduce`) meet those of ranks with images.
+        """
+        condition = self._condition(hidden, batch, nothing)
+        shape = (self.num_draws, 0, self.model.vision.num_image_tokens, 4 * self.vae_config.latent_channels)
+        x_t = condition.new_zeros(shape, dtype=self.denoiser.compute_dtype)
+        t = torch.zeros((self.num_draws, 0), dtype=torch.int64, device=hidden.device)
+        return self._denoise(x_t, t, condition).float().sum()
+
     def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        if not self.allow_tf32:
+        def predict(condition: Tensor) -> Tensor:
             return self.denoiser(x_t, t, condition, token_major=True)
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return self.denoiser(x_t, t, condition, token_major=True)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+
+        return in_tf32(predict, condition) if self.allow_tf32 else predict(condition)
 
     def _condition(self, hidden: Tensor, batch: RossMicrobatch, share: Tensor) -> Tensor:
         """Hidden states at the tokens of the images `share`, [n_share, N, h]; zeros for dummy images."""

@@ -11,6 +11,8 @@ head on an earlier stage attaches its loss to the hidden states it passes on.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -34,6 +36,7 @@ from megatron_ross.models.vision_encoder import VisionEncoder
 from megatron_ross.parallel.attached_loss import attach_loss
 from megatron_ross.parallel.grad_sync import mark_shared_work
 from megatron_ross.parallel.groups import ParallelGroups
+from megatron_ross.parallel.param_gather import WaitFor, nothing_to_wait_for
 from megatron_ross.parallel.shares import to_heads
 from megatron_ross.platform import current_device
 
@@ -67,6 +70,7 @@ class RossStage(MegatronModule):
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
         seed, num_noise_draws, denoiser_dtype, cached_latents: see `ReconstructionHead`.
+        vision_tower_dtype: see `VisionEncoder`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
 
@@ -83,6 +87,7 @@ class RossStage(MegatronModule):
         seed: int,
         num_noise_draws: int,
         denoiser_dtype: str = "fp32",
+        vision_tower_dtype: str | None = None,
         lm_head_chunk_tokens: int,
         cached_latents: bool = False,
     ) -> None:
@@ -95,9 +100,11 @@ class RossStage(MegatronModule):
         self.vp_stage = vp_stage
         self.lm_head_chunk_tokens = lm_head_chunk_tokens
         self.input_tensor: Tensor | None = None
+        self.wait_for: WaitFor = nothing_to_wait_for
+        """Called before weights are used that Megatron does not know to wait for; `overlap_param_gather` sets it."""
         self.losses = StepLosses(current_device())
         if spec.has("V"):
-            self.vision = VisionEncoder(model, config, groups)
+            self.vision = VisionEncoder(model, config, groups, tower_dtype=vision_tower_dtype)
         if spec.has("E"):
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -109,7 +116,9 @@ class RossStage(MegatronModule):
             self.rotary_pos_emb = rotary_embedding(model.language)
             self.decoder = TransformerBlock(
                 config=config,
-                spec=decoder_layer_spec(transformer_engine=transformer_engine),
+                spec=decoder_layer_spec(
+                    transformer_engine=transformer_engine, attention_backend=config.attention_backend.name
+                ),
                 post_layer_norm=False,
                 vp_stage=vp_stage,
             )
@@ -134,11 +143,14 @@ class RossStage(MegatronModule):
 
     def _build_output_layer(self) -> None:
         """The LM head. Tied weights: the embedding's own parameter on its stage, a synchronised copy elsewhere."""
+        # The loss multiplies by this weight itself. Megatron's layer would refuse fused accumulation without Apex.
+        config = copy.copy(self.config)
+        config.gradient_accumulation_fusion = False
         shares = self.model_config.language.share_embeddings_and_output_weights and self.spec.has("E")
         self.output_layer = ColumnParallelLinear(
             self.config.hidden_size,
             self._padded_vocab_size(),
-            config=self.config,
+            config=config,
             init_method=self.config.init_method,
             bias=False,
             skip_weight_param_allocation=shares,
@@ -178,9 +190,11 @@ class RossStage(MegatronModule):
                 hidden, sequence_parallel=self.config.sequence_parallel, tp_group=self.groups.tp
             )  # [s, b, h]
             if self.spec.has("D"):
+                self.wait_for(self.reconstruction)
                 losses.append(self.reconstruction(full, batch) * scales.recon)
                 self.losses.add(recon=losses[-1])
             if self.spec.has("H"):
+                self.wait_for(self.output_layer)
                 losses.append(self.lm_loss(full, batch) * scales.lm)
                 self.losses.add(lm=losses[-1])
         if self.is_last:
@@ -192,7 +206,10 @@ class RossStage(MegatronModule):
 
     def backbone(self, batch: RossMicrobatch) -> Tensor:
         """Everything before the heads: V, E, t, N as far as this stage holds them; [s, b, h] or its sequence shard."""
-        hidden = self.vision(batch) if self.spec.has("V") else self.input_tensor
+        hidden = self.input_tensor
+        if self.spec.has("V"):
+            self.wait_for(self.vision)
+            hidden = self.vision(batch)
         assert hidden is not None, "the schedule gave this stage no input"
         if self.spec.has("E"):
             hidden = self._splice(batch, hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _GatherShares(torch.autograd.Function):
@@ -68,13 +68,3 @@ def to_heads(hidden: Tensor, *, sequence_parallel: bool, tp_group) -> Tensor:
     if sequence_parallel and tp_group.size() > 1:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
     return _SumGradient.apply(hidden, tp_group) if tp_group.size() > 1 else hidden
-
-
-def connect(module: nn.Module) -> Tensor | float:
-    """A zero that depends on every trainable parameter of `module`.
-
-    Added to a result, it gives a rank with an empty share the same autograd graph as the others, so that gradient
-    hooks fire and no collective is missed.
-    """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    return sum((p.flatten()[:1].sum().float() * 0.0 for p in trainable), start=0.0)

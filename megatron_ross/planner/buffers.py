@@ -66,10 +66,15 @@ def build_buffer(parameters: Sequence[Parameter], dp_size: int, bucket_size: int
     return Buffer(tuple(places), tuple(buckets))
 
 
-def bucket_size(dp_size: int, *, overlap_grad_reduce: bool, pp_rank: int, chunk: int) -> int | None:
-    """Megatron splits buffers only where reductions overlap: on the first pipeline rank's first chunk."""
+def bucket_size(
+    dp_size: int, *, overlap_grad_reduce: bool, pp_rank: int, chunk: int, asked: int | None = None
+) -> int | None:
+    """Megatron splits buffers only where reductions overlap: on the first pipeline rank's first chunk.
+
+    `asked` is the run's ddp_bucket_size.
+    """
     splits = overlap_grad_reduce and pp_rank == 0 and chunk == 0
-    return max(40_000_000, 1_000_000 * dp_size) if splits else None
+    return (asked or max(40_000_000, 1_000_000 * dp_size)) if splits else None
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -21,6 +21,7 @@ RESERVE_BYTES = 4 * 2**30
 _ADAM_STATE_BYTES = 8
 _MAIN_WEIGHT_BYTES = 4
 _GRADIENT_BYTES = 4
+_BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,24 @@ def state_memory(
     model: RossModelConfig, run: RunConfig, layout: StageLayout, *, pp_rank: int, dp_rank: int, dp_size: int
 ) -> Memory:
     """Parameters, gradients and optimizer state of one rank, as Megatron allocates them."""
+    parallel = run.parallel
     frozen = trained = gradients = optimizer = 0
     for chunk, spec in enumerate(layout.chunks_of_rank(pp_rank)):
         parameters = stage_parameters(model, run, layout, spec)
-        limit = bucket_size(dp_size, overlap_grad_reduce=run.parallel.overlap_grad_reduce, pp_rank=pp_rank, chunk=chunk)
-        buffer = build_buffer(parameters, dp_size, limit)
+        limit = bucket_size(
+            dp_size,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            pp_rank=pp_rank,
+            chunk=chunk,
+            asked=parallel.ddp_bucket_size,
+        )
         frozen += sum(p.bytes for p in parameters if not p.trainable)
-        trained += buffer.numel * (2 if run.compute.bf16 else 4)
-        gradients += buffer.numel * _GRADIENT_BYTES
-        main_weights = _MAIN_WEIGHT_BYTES if run.compute.bf16 else 0
-        optimizer += buffer.shard_numel(dp_rank, dp_size) * (_ADAM_STATE_BYTES + main_weights)
+        for width in sorted({p.bytes_per_element for p in parameters}):  # Megatron has a buffer per dtype
+            buffer = build_buffer([p for p in parameters if p.bytes_per_element == width], dp_size, limit)
+            trained += buffer.numel * width
+            gradients += buffer.numel * _GRADIENT_BYTES
+            main_weights = _MAIN_WEIGHT_BYTES if width == _BF16_BYTES else 0
+            optimizer += buffer.shard_numel(dp_rank, dp_size) * (_ADAM_STATE_BYTES + main_weights)
     return Memory(frozen + trained, frozen, gradients, optimizer)
 
 

@@ -45,9 +45,11 @@ def stage_parameters(model: RossModelConfig, run: RunConfig, layout: StageLayout
     """Parameters of one stage on one tensor-parallel rank, in module order."""
     width = 2 if run.compute.bf16 else 4
     shapes = _stage_shapes(model, run.trainability, layout, spec, run.parallel.tensor_model_parallel_size)
+    tower = {"bf16": 2, "fp32": 4, "tf32": 4, None: width}[run.compute.vision_tower_dtype]
+    widths = {"vae": 4, "tower": tower}
     absent = "vae" if run.data.latent_cache else None
     return [
-        Parameter(s.part, prod(s.shape), s.trainable, 4 if s.part == "vae" else width, s.shared_embedding)
+        Parameter(s.part, prod(s.shape), s.trainable, widths.get(s.part, width), s.shared_embedding)
         for s in shapes
         if s.part != absent
     ]

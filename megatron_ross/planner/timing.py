@@ -101,9 +101,11 @@ class CostModel:
         return images_on_busiest_rank(images, self.tp) / images if images else 0.0
 
     def _dtype(self, module: str) -> str:
-        if not self.run.compute.bf16:
-            return "fp32"
-        return {"denoiser": self.run.compute.denoiser_dtype, "vae": "tf32"}.get(module, "bf16")
+        compute = self.run.compute
+        tower = compute.vision_tower_dtype or ("bf16" if compute.bf16 else "fp32")
+        if not compute.bf16:
+            return tower if module == "tower" else "fp32"
+        return {"denoiser": compute.denoiser_dtype, "vae": "tf32", "tower": tower}.get(module, "bf16")
 
     def _time(self, module: str, flops: Flops) -> Seconds:
         rate = self.gpu.peak_flops(self._dtype(module)) * EFFICIENCY[module]

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ross.compat import transformer_engine_available
+from megatron_ross.compat import probe
+from megatron_ross.config.features import attention_environment, resolve_features
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.model import RossModelConfig
-from megatron_ross.config.schema import ComputeConfig, OptimizerSettings, RunConfig, TrainabilityConfig
+from megatron_ross.config.schema import OptimizerSettings, RunConfig, TrainabilityConfig
 from megatron_ross.models.language import transformer_config
 from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
+from megatron_ross.parallel.param_gather import gathered_parameters
+from megatron_ross.training.adam import use_adam
 
 
 def build_stages(
     model: RossModelConfig, run: RunConfig, layout: StageLayout, groups: ParallelGroups
 ) -> list[RossStage]:
     """This rank's stages, one per virtual chunk, with the run's trainability. Weights are not loaded yet."""
-    config = transformer_config(model.language, run.parallel, run.compute, layout)
+    features = resolve_features(run, probe())
+    # TransformerEngine reads these when a layer first attends.
+    os.environ |= attention_environment(features.attention.name)
+    config = transformer_config(model.language, run.parallel, run.compute, layout, features.attention.name)
     chunks = layout.chunks_of_rank(groups.pp.rank())
     stages = [
         RossStage(
@@ -30,12 +37,13 @@ def build_stages(
             spec,
             config,
             groups,
-            transformer_engine=uses_transformer_engine(run.compute),
+            transformer_engine=features.transformer_engine,
             is_last=spec.index == len(layout.stages) - 1,
             vp_stage=chunk if len(chunks) > 1 else None,
             seed=run.loss.seed,
             num_noise_draws=run.loss.num_noise_draws,
             denoiser_dtype=run.compute.denoiser_dtype,
+            vision_tower_dtype=run.compute.vision_tower_dtype,
             lm_head_chunk_tokens=run.compute.lm_head_chunk_tokens,
             cached_latents=bool(run.data.latent_cache),
         )
@@ -44,12 +52,6 @@ def build_stages(
     for stage in stages:
         set_trainability(stage, run.trainability)
     return stages
-
-
-def uses_transformer_engine(compute: ComputeConfig) -> bool:
-    if compute.transformer_impl == "auto":
-        return torch.cuda.is_available() and transformer_engine_available()
-    return compute.transformer_impl == "transformer_engine"
 
 
 def set_trainability(stage: RossStage, trainability: TrainabilityConfig) -> None:
@@ -76,6 +78,9 @@ def wrap_ddp(stages: list[RossStage], run: RunConfig) -> list[DistributedDataPar
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        # With several chunks the schedule starts the gathers, a chunk ahead.
+        align_param_gather=parallel.overlap_param_gather and len(stages) > 1,
+        bucket_size=parallel.ddp_bucket_size,
         average_in_collective=False,
     )
     chunks = [
@@ -86,7 +91,10 @@ def wrap_ddp(stages: list[RossStage], run: RunConfig) -> list[DistributedDataPar
     if parallel.overlap_grad_reduce:
         config.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
     if parallel.overlap_param_gather:
-        config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
+        for stage, chunk in zip(stages, chunks, strict=True):
+            stage.wait_for = gathered_parameters(chunk)
+        if len(chunks) > 1:
+            config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     return chunks
 
 
@@ -95,7 +103,7 @@ def _one_or_list(functions: list):
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
-    """AdamW with Megatron's distributed optimizer where asked; per-module learning rates as parameter groups."""
+    """The run's AdamW in Megatron's distributed optimizer; per-module learning rates as parameter groups."""
     settings = run.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -112,9 +120,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         use_distributed_optimizer=True,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
+    adam = resolve_features(run, probe()).adam.name
     optimizer = get_megatron_optimizer(
         config, chunks, config_overrides=_group_overrides(settings), use_gloo_process_groups=torch.cuda.is_available()
     )
+    use_adam(optimizer, adam)
     config_of_schedule = chunks[0].module.config
     config_of_schedule.grad_scale_func = optimizer.scale_loss
     return optimizer

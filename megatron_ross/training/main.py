@@ -43,10 +43,13 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     quieten()
     run = parse_run_config(argv, description="Train Ross or LLaVA on Megatron Core.")
     # Imports and checks in this order: mistakes are found before anything slow or distributed starts.
+    from megatron_ross.compat import probe
+    from megatron_ross.config.features import resolve_features
     from megatron_ross.config.validate import validate_run
     from megatron_ross.planner.auto import resolve_layout
 
     validate_run(run, world_size)
+    resolve_features(run, probe())
     from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
     from megatron_ross.training.latents import check_latent_cache
     from megatron_ross.training.start import start_path

@@ -14,21 +14,26 @@ import torch.distributed as dist
 
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, resolve_checkpoint
 from megatron_ross.checkpoint.sharded import base_of, load_checkpoint, load_weights, save_checkpoint
+from megatron_ross.compat import probe
 from megatron_ross.config.cli import write_resolved
+from megatron_ross.config.features import resolve_features
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.parallel.grad_sync import finalize_gradients
 from megatron_ross.parallel.groups import ParallelGroups
+from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.planner.flops import step_flops
 from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
+from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.start import is_resume, start_path
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
+from megatron_ross.training.user_buffers import start_user_buffers
 
 
 class TrainingError(RuntimeError):
@@ -45,6 +50,7 @@ class Trainer:
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
         self.order = build_order(run, self.dataset)
         self.train_iters = num_iterations(run, self.order)
+        start_user_buffers(run, manifest.model.language.hidden_size)
         self.stages = build_stages(manifest.model, run, layout, groups)
         resumes = is_resume(run)
         if not resumes:
@@ -166,6 +172,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this iteration."""
+        gather_now(self.chunks)
         state = self.loader.state_dict()
         root = Path(self.run.training.save) / "checkpoints"
         manifest = Manifest(
@@ -205,11 +212,17 @@ class Trainer:
             write_resolved(self.run, folder / "config.yaml")
         sequences, per_epoch = self.train_iters * self.run.data.global_batch_size, self.order.epoch_length(0)
         self._print(stage_table(self.layout, counts))
+        self._print(self._features())
         self._print(
             f"{len(self.dataset):,} samples in {per_epoch:,} sequences per epoch, global batch "
             f"{self.run.data.global_batch_size}, {self.train_iters:,} steps = {sequences / per_epoch:.2f} epochs; "
             f"starting at iteration {self.iteration}"
         )
+
+    def _features(self) -> str:
+        available = probe()
+        features = resolve_features(self.run, available)
+        return feature_table(feature_rows(self.run, features, available, self.layout, self.groups.dp.size()))
 
     def _print(self, text: str) -> None:
         if self.groups.is_logging_rank:

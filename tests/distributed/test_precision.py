@@ -63,6 +63,24 @@ def test_arithmetic_of_the_denoiser(stored: dict[str, Stored]) -> None:
     assert (tf32.lm_loss, tf32.recon_loss) == pytest.approx((base.lm_loss, base.recon_loss), rel=1e-6)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_arithmetic_of_the_tower(trained: bool, stored: dict[str, Stored]) -> None:
+    """A tower of another precision than the decoder's: in between the two, and on the side that was asked for."""
+    path = stored["llama_clip"].path
+    flat = {"unfreeze_mm_vision_tower": trained, "micro_batch_size": 4}
+    results = {
+        (bf16, dtype): run_ranks(one_step, 1, path, "mixed", flat | {"bf16": bf16, "vision_tower_dtype": dtype})[0]
+        for bf16 in (False, True)
+        for dtype in ("fp32", "bf16")
+    }
+    for bf16 in (False, True):
+        wide, narrow = results[bf16, "fp32"], results[bf16, "bf16"]
+        assert narrow.lm_loss != wide.lm_loss
+        assert narrow.lm_loss == pytest.approx(wide.lm_loss, rel=LM_BF16)
+        assert narrow.recon_loss == pytest.approx(wide.recon_loss, rel=RECON_BF16)
+        assert cosine(narrow, wide) > 0.999
+
+
 def main_weights_after(rank: int, world_size: int, path: Path, steps: int, lr: float) -> dict[str, Any]:
     """Steps too small for bf16: how far the stored and the main weights moved, and in what the sums are kept."""
     flat = {"bf16": True, "lr": lr, "adam_eps": 1e-8, "micro_batch_size": 8}

@@ -38,7 +38,7 @@ HEAVY = {
     "megatron.core": ["megatron_ross/*", "pretrain_ross.py", "tools/*"],
     "torchvision": [],
     "timm": [],
-    "apex": [],
+    "apex": ["megatron_ross/training/adam.py"],
     "deepspeed": [],
     "diffusers": [
         "megatron_ross/models/latents.py",
@@ -49,7 +49,7 @@ HEAVY = {
         "examples/*",
     ],
     "nvidia.dali": ["megatron_ross/data/dali_images.py"],
-    "transformer_engine": ["megatron_ross/models/layer_specs.py", "megatron_ross/precision.py"],
+    "transformer_engine": ["megatron_ross/training/adam.py", "megatron_ross/training/user_buffers.py"],
     "flash_attn": ["megatron_ross/models/*"],
     "transformers": [
         "megatron_ross/data/*",
