@@ -100,13 +100,22 @@ def _collate_plain(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[to
 
 
 def plain_batches(dataset: PlainDataset, batch_size: int, num_workers: int) -> Iterator[int]:
-    """Endless: images in each next batch of the plain loader."""
-    while True:
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_size, shuffle=True, num_workers=num_workers, collate_fn=_collate_plain, drop_last=True
-        )
-        for _, pixels in loader:
-            yield len(pixels)
+    """Endless: images in each next batch of the plain loader, without a pause between epochs.
+
+    Its workers come from a clean server process: forked beside DALI's threads they may crash.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "megatron_ross.data.dataset"])
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        sampler=torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=2**30),
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        collate_fn=_collate_plain,
+    )
+    for _, pixels in loader:
+        yield len(pixels)
 
 
 def engine_batches(

@@ -62,8 +62,8 @@ class LatentEncoder(nn.Module):
         if images.shape[0] == 0:
             empty = images.new_zeros(0, self.config.latent_channels, 2 * self.grid_size, 2 * self.grid_size)
             return empty, empty.clone()
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.logvar.float()
+        parts = [self.vae.encode(part.to(self.vae.dtype)).latent_dist for part in images.split(_images_at_once(images))]
+        return torch.cat([part.mean.float() for part in parts]), torch.cat([part.logvar.float() for part in parts])
 
     @torch.no_grad()
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -88,3 +88,8 @@ class LatentEncoder(nn.Module):
         """Grouped latents [n, 4C, g, g] -> images, float32 [n, 3, S, S], about [-1, 1] (not clamped)."""
         latents = ungroup_latents(z) / self.config.scaling_factor + self.config.shift_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+
+
+def _images_at_once(images: Tensor) -> int:
+    """On a CPU one image after the other: its tensors stay in the caches, and their memory is used again."""
+    return 1 if images.device.type == "cpu" else images.shape[0]
