@@ -21,9 +21,9 @@ BIN := $(VENV)/bin
 # How many test files run at the same time; tests/conftest.py limits each to one thread.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
-SOURCES := megatron_ross kernels tools examples tests setup.py $(wildcard pretrain_ross.py)
+SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
-.PHONY: help install quickstart test test-slow test-layouts test-gpu test-lowest check format clean
+.PHONY: help install quickstart test test-slow test-layouts test-gpu test-lowest benchmark check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -58,6 +58,12 @@ test-gpu: $(READY) ## only the tests that need a CUDA GPU
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
 	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts"
 
+benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
+	@$(BIN)/python -W ignore benchmarks/bench_step.py --json benchmarks/results/step_cpu.json
+	@$(BIN)/python -W ignore benchmarks/bench_kernels.py --dry-run --dtypes '[fp32]' --json benchmarks/results/kernels_dry_run.json
+	@$(BIN)/python -W ignore benchmarks/bench_data.py --json benchmarks/results/data_cpu.json
+	@$(BIN)/python benchmarks/results_table.py
+
 check: $(READY) ## lint, formatting, types
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -69,4 +75,4 @@ format: $(READY) ## rewrite the sources in the house format
 
 clean: ## remove environments, caches and build products; runs/ stays
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find megatron_ross kernels tools examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megatron_ross kernels tools examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

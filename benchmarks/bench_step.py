@@ -160,6 +160,7 @@ def measure(rows: list[Row], steps: list[list[Pack]], tolerance: float) -> None:
             # Borders of parts cost nothing on a CPU; a GPU has to wait there, so it gets a step of its own.
             row.timeline.enabled = number == len(steps) - 1 if is_gpu else number > 0
             row.run(packs, timed=number > 0 and not (is_gpu and row.timeline.enabled))
+            print(f"step {number} of {len(steps) - 1}, {row.name}", file=sys.stderr, flush=True)
         assert_same_losses(rows, tolerance)
 
 

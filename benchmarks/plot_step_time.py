@@ -1,0 +1,89 @@
+"""Where a step's time and memory go, as one picture: measured seconds by part, predicted bytes of the 7B recipes.
+
+    python benchmarks/plot_step_time.py --step benchmarks/results/step_cpu.json --output docs/images/step_time.svg
+
+Left: bench_step.py's figures. Right: the planner's, for the published recipes on 8 H100 as examples/ configure them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import matplotlib
+
+from megatron_ross.config.cli import parse_run_config
+from megatron_ross.convert.known_models import known_model
+from megatron_ross.planner.hardware import known_gpu
+from megatron_ross.planner.search import plan_run
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+PARTS = ("decoder", "head", "denoiser", "vae", "tower", "projector", "optimizer", "other")
+MEMORY = ("parameters", "gradients", "optimizer", "activations", "workspace", "reserve")
+RECIPES = {1: "pretrain_siglip_qwen2", 2: "finetune_siglip_qwen2"}
+
+
+def stacked(axes: Axes, labels: list[str], columns: list[dict[str, float]], kinds: tuple[str, ...]) -> None:
+    """Horizontal bars; `columns` holds the sizes of each bar's pieces."""
+    left = [0.0] * len(columns)
+    for kind in kinds:
+        values = [column.get(kind, 0.0) for column in columns]
+        axes.barh(labels, values, left=left, label=kind)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.invert_yaxis()
+    axes.margins(x=0.02)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+
+
+def measured(figures: dict[str, Any]) -> tuple[list[str], list[dict[str, float]]]:
+    """Seconds per sample by part, of every stage and row."""
+    labels, columns = [], []
+    for stage, result in figures["stages"].items():
+        per_step = sum(result["samples"]) / len(result["samples"])
+        for name, row in result["rows"].items():
+            labels.append(f"stage {stage}\n{name}")
+            columns.append({part: seconds / per_step for part, seconds in row["part_seconds"].items()})
+    return labels, columns
+
+
+def predicted() -> tuple[list[str], list[dict[str, float]]]:
+    """GiB by category on one of 8 H100."""
+    labels, columns = [], []
+    for stage, recipe in RECIPES.items():
+        files = [f"examples/shared/stage{stage}.yaml", f"examples/ross/{recipe}.yaml",
+                 f"examples/layouts/8xh100-stage{stage}.yaml"]  # fmt: skip
+        run = parse_run_config([word for file in files for word in ("--config", file)])
+        plan = plan_run(run, known_model("qwen2-7b+siglip-so400m"), 8, known_gpu("h100"))
+        labels.append(f"stage {stage}")
+        columns.append({name: value / 2**30 for name, value in asdict(plan.peak_memory).items()})
+    return labels, columns
+
+
+def main(step: Path, output: Path) -> None:
+    """Draw.
+
+    Args:
+        step: results of bench_step.py.
+        output: an SVG file.
+    """
+    figures = json.loads(step.read_text())
+    plt.rcParams["svg.hashsalt"] = "step_time"  # the same file for the same figures
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    stacked(left, *measured(figures), PARTS)
+    left.set_title(
+        f"measured: seconds per sample, CPU size\n{figures['machine']}, commit {figures['commit']}", fontsize=9
+    )
+    stacked(right, *predicted(), MEMORY)
+    right.set_title("predicted: GiB per GPU, Qwen2-7B + SigLIP\nRoss recipes on 8 x H100", fontsize=9)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(main, as_positional=False)
