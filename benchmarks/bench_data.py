@@ -39,6 +39,7 @@ from megatron_ross.data.tokenizer import TextTokenizer
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "motorcycle_left", "retina", "hubble_deep_field")
 SIZES = ((640, 480), (480, 640), (336, 336), (500, 375), (448, 640), (1024, 768))
+NUM_WARMUP = 4
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -139,9 +140,10 @@ def engine_batches(
 
 
 def images_per_second(make: Callable[[], Iterator[int]], num_images: int) -> float:
-    """Rate over `num_images` after the first batch, so that starting workers does not count."""
+    """Rate over `num_images` after `NUM_WARMUP` batches: neither starting workers nor what they did ahead counts."""
     batches = make()
-    next(batches)
+    for _ in range(NUM_WARMUP):
+        next(batches)
     begin, done = time.perf_counter(), 0
     while done < num_images:
         done += next(batches)
