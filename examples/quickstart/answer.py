@@ -11,40 +11,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 from PIL import Image
 from tqdm import tqdm
 
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER
+from megatron_ross.evaluation.answers import answer_batch
 from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
 from megatron_ross.huggingface import RossProcessor
 
-MAX_NEW_TOKENS = 8
+DECODING = Decoding(max_new_tokens=8)  # greedy
 
 
 def blank(image: Image.Image, processor: RossProcessor) -> Image.Image:
     """An empty picture of the same size."""
     return Image.new("RGB", image.size, processor.image_transform.pad_colour)
-
-
-def answer_batch(
-    model: Any, processor: RossProcessor, questions: Sequence[str], images: list[Image.Image]
-) -> list[str]:
-    """Greedy answers to questions about one image each."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
-    inputs = processor(text=prompts, images=images).to(model.device)
-    output = model.generate(**inputs, **Decoding(max_new_tokens=MAX_NEW_TOKENS).options())
-    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
 
 
 def accuracies(types: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
@@ -66,13 +48,12 @@ def answer_all(checkpoint: Path, data: Path, output: Path, batch_size: int = 60)
     questions = [r["conversations"][0]["value"].replace(IMAGE_PLACEHOLDER, "").strip() for r in records]
     expected = [r["conversations"][1]["value"] for r in records]
     given: dict[str, list[str]] = {"image": [], "blank": []}
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(records), batch_size), desc="answers", unit="batch"):
-            chosen = slice(start, start + batch_size)
-            images = [open_image(data / "images" / r["image"]) for r in records[chosen]]
-            given["image"] += answer_batch(model, processor, questions[chosen], images)
-            empty = [blank(image, processor) for image in images]
-            given["blank"] += answer_batch(model, processor, questions[chosen], empty)
+    for start in tqdm(range(0, len(records), batch_size), desc="answers", unit="batch"):
+        chosen = slice(start, start + batch_size)
+        images = [open_image(data / "images" / r["image"]) for r in records[chosen]]
+        given["image"] += answer_batch(model, processor, questions[chosen], images, DECODING)
+        empty = [blank(image, processor) for image in images]
+        given["blank"] += answer_batch(model, processor, questions[chosen], empty, DECODING)
     types = [r["question_type"] for r in records]
     correct = {k: [a.lower() == e.lower() for a, e in zip(v, expected, strict=True)] for k, v in given.items()}
     accuracy = {kind: accuracies(types, values) for kind, values in correct.items()}

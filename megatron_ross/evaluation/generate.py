@@ -25,6 +25,8 @@ class Decoding:
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    """Sample from the likeliest tokens only; 0: from all."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -33,11 +35,13 @@ class Decoding:
             raise ValueError(f"temperature is {self.temperature}, it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p is {self.top_p}, it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top-k is {self.top_k}, it must be at least 1, or 0 for no limit")
 
     def options(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`; they override the checkpoint's generation config."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return options | (sampling if self.temperature > 0 else dict.fromkeys(sampling))
 
 
