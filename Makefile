@@ -59,10 +59,12 @@ test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of
 	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
-	@$(BIN)/python -W ignore benchmarks/bench_step.py --json benchmarks/results/step_cpu.json
+	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json
+	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[2]' --json benchmarks/results/step_2_cpu.json
 	@$(BIN)/python -W ignore benchmarks/bench_kernels.py --dry-run --dtypes '[fp32]' --json benchmarks/results/kernels_dry_run.json
 	@$(BIN)/python -W ignore benchmarks/bench_data.py --json benchmarks/results/data_cpu.json
 	@$(BIN)/python benchmarks/results_table.py
+	@$(BIN)/python benchmarks/plot_step_time.py
 
 check: $(READY) ## lint, formatting, types
 	@$(BIN)/ruff check $(SOURCES)

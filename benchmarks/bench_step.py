@@ -152,9 +152,12 @@ def work_of(packs: list[Pack], size: StepSize) -> Work:
     return Work(sum(lengths), causal_pairs(lengths), labels, images, images)
 
 
-def measure(rows: list[Row], steps: list[list[Pack]], tolerance: float) -> None:
-    """A warm-up step, then a timed one per round; losses are compared after every one."""
-    is_gpu = torch.cuda.is_available()
+def measure(rows: list[Row], steps: list[list[Pack]], tolerance: float, max_seconds: float) -> int:
+    """A warm-up step, then a timed one per round; losses are compared after every one.
+
+    No round starts after `max_seconds`, but the first always does. Returns the number of timed rounds.
+    """
+    is_gpu, begin = torch.cuda.is_available(), clock()
     for number, packs in enumerate(steps):
         for row in rows if number % 2 else rows[::-1]:
             # Borders of parts cost nothing on a CPU; a GPU has to wait there, so it gets a step of its own.
@@ -162,6 +165,9 @@ def measure(rows: list[Row], steps: list[list[Pack]], tolerance: float) -> None:
             row.run(packs, timed=number > 0 and not (is_gpu and row.timeline.enabled))
             print(f"step {number} of {len(steps) - 1}, {row.name}", file=sys.stderr, flush=True)
         assert_same_losses(rows, tolerance)
+        if number > 0 and clock() - begin > max_seconds:
+            break
+    return len(rows[0].seconds)
 
 
 def assert_same_losses(rows: list[Row], tolerance: float) -> None:
@@ -206,7 +212,7 @@ def matmul_flops_per_second(dtype: str) -> float:
 
 def run_stage(
     stage: int, size: StepSize, names: tuple[RowName, ...], dtype: str, rounds: int, micro_batch_size: int,
-    settings: dict[str, Any],
+    settings: dict[str, Any], max_seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures of one stage of training."""
     start_single_process()
@@ -215,7 +221,7 @@ def run_stage(
     steps = plan_steps(size, size.seq_length[stage], texts, num_steps, SEED)
     before = memory_mib(peak=False)
     rows = build_rows(names, size, stage, dtype, micro_batch_size, settings, steps)
-    measure(rows, steps, LOSS_TOLERANCE[dtype])
+    rounds = measure(rows, steps, LOSS_TOLERANCE[dtype], max_seconds)
     timed = steps[1 : 1 + rounds]
     samples = [sum(len(pack) for pack in packs) for packs in timed]
     rates = {row.name: [n / s for n, s in zip(samples, row.seconds, strict=True)] for row in rows}
@@ -318,6 +324,7 @@ def main(
     mlp_ratio: float = VICUNA_MLP_RATIO,
     micro_batch_size: int = 16,
     settings: dict[str, Any] | None = None,
+    max_seconds: float = 3600.0,
     memory: bool = True,
     json: Path | None = None,
 ) -> None:
@@ -331,6 +338,7 @@ def main(
         mlp_ratio: width of the decoder's MLP over its hidden size, at size `cpu`.
         micro_batch_size: most samples in a padded batch of the peer.
         settings: more settings of our run, e.g. `{fp8: hybrid}`.
+        max_seconds: start no more rounds of a stage after this time; there is always one.
         memory: measure peak memory, too, in a process per row.
         json: also write the figures there.
     """
@@ -341,7 +349,9 @@ def main(
     peaks = peak_of_each(common, stages, rows) if memory else {}
     figures = {}
     for stage in stages:
-        figures[str(stage)] = run_stage(stage, chosen, rows, dtype, rounds, micro_batch_size, settings or {})
+        figures[str(stage)] = run_stage(
+            stage, chosen, rows, dtype, rounds, micro_batch_size, settings or {}, max_seconds
+        )
         if stage in peaks:
             figures[str(stage)]["row_peak_memory_mib"] = peaks[stage]
     print(table(figures))

@@ -11,7 +11,8 @@ Shape legend: b samples, s tokens, n images, K draws, g patches per side, N = g*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,12 @@ class HfRoss(nn.Module):
         assert config.denoiser is not None
         assert config.vae is not None
         self.config, self.dtype = config, dtype
+        width, hidden = config.vision.hidden_size, config.language.hidden_size
+        with device, _default_dtype(dtype):
+            self.llm = Qwen2ForCausalLM(_qwen2_config(config.language))
+            self.tower = SiglipVisionModel(SiglipVisionConfig.from_dict(config.vision.hf_config))
+            self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         with device:
-            self.llm = Qwen2ForCausalLM(_qwen2_config(config.language)).to(dtype)
-            self.tower = SiglipVisionModel(SiglipVisionConfig.from_dict(config.vision.hf_config)).to(dtype)
-            width, hidden = config.vision.hidden_size, config.language.hidden_size
-            self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden)).to(dtype)
             self.denoiser = PlainDenoiser(
                 depth=config.denoiser.depth,
                 width=config.denoiser.width,
@@ -156,6 +158,17 @@ class HfRoss(nn.Module):
             "": self.llm,
         }
         return {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have this dtype: 7B of them would not fit in fp32 first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _qwen2_config(language: LanguageModelConfig) -> Qwen2Config:

@@ -1,6 +1,6 @@
 """Where a step's time and memory go, as one picture: measured seconds by part, predicted bytes of the 7B recipes.
 
-    python benchmarks/plot_step_time.py --step benchmarks/results/step_cpu.json --output docs/images/step_time.svg
+    python benchmarks/plot_step_time.py
 
 Left: bench_step.py's figures. Right: the planner's, for the published recipes on 8 H100 as examples/ configure them.
 """
@@ -24,6 +24,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("decoder", "head", "denoiser", "vae", "tower", "projector", "optimizer", "other")
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "workspace", "reserve")
 RECIPES = {1: "pretrain_siglip_qwen2", 2: "finetune_siglip_qwen2"}
@@ -56,29 +57,28 @@ def predicted() -> tuple[list[str], list[dict[str, float]]]:
     """GiB by category on one of 8 H100."""
     labels, columns = [], []
     for stage, recipe in RECIPES.items():
-        files = [f"examples/shared/stage{stage}.yaml", f"examples/ross/{recipe}.yaml",
-                 f"examples/layouts/8xh100-stage{stage}.yaml"]  # fmt: skip
-        run = parse_run_config([word for file in files for word in ("--config", file)])
+        files = [f"shared/stage{stage}.yaml", f"ross/{recipe}.yaml", f"layouts/8xh100-stage{stage}.yaml"]
+        run = parse_run_config([word for file in files for word in ("--config", str(ROOT / "examples" / file))])
         plan = plan_run(run, known_model("qwen2-7b+siglip-so400m"), 8, known_gpu("h100"))
         labels.append(f"stage {stage}")
         columns.append({name: value / 2**30 for name, value in asdict(plan.peak_memory).items()})
     return labels, columns
 
 
-def main(step: Path, output: Path) -> None:
+def main(results: Path = ROOT / "benchmarks/results", output: Path = ROOT / "docs/images/step_time.svg") -> None:
     """Draw.
 
     Args:
-        step: results of bench_step.py.
+        results: folder with bench_step.py's step_1_cpu.json and step_2_cpu.json.
         output: an SVG file.
     """
-    figures = json.loads(step.read_text())
+    steps = [json.loads((results / f"step_{stage}_cpu.json").read_text()) for stage in (1, 2)]
+    labels, columns = zip(*(pair for figures in steps for pair in zip(*measured(figures), strict=True)), strict=True)
     plt.rcParams["svg.hashsalt"] = "step_time"  # the same file for the same figures
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    stacked(left, *measured(figures), PARTS)
-    left.set_title(
-        f"measured: seconds per sample, CPU size\n{figures['machine']}, commit {figures['commit']}", fontsize=9
-    )
+    stacked(left, list(labels), list(columns), PARTS)
+    where = f"{steps[0]['machine']}, commit {steps[0]['commit']}"
+    left.set_title(f"measured: seconds per sample, CPU size\n{where}", fontsize=9)
     stacked(right, *predicted(), MEMORY)
     right.set_title("predicted: GiB per GPU, Qwen2-7B + SigLIP\nRoss recipes on 8 x H100", fontsize=9)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,8 @@ step-2 60 $step $size --stages [2] --json $OUT/step-2.json"
 environment 20 nvidia-smi
 tests 130 $PYTHON -m pytest -q -m gpu -p no:cacheprovider
 kernels 80 $PYTHON benchmarks/bench_kernels.py --json $OUT/kernels.json
-step-1 120 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 8 --json $OUT/step-1.json
-step-2 70 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 8 --json $OUT/step-2.json
+step-1 120 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-1.json
+step-2 70 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-2.json
 step-2-deep 60 $step $size --stages [2] --num_layers 8 --rows [ours] --json $OUT/step-2-deep.json
 step-2-fp8 60 $step $size --stages [2] --num_layers 8 --rows [ours] --settings '{fp8: hybrid}' --json $OUT/step-2-fp8.json
 data 60 $PYTHON benchmarks/bench_data.py --num_workers 8 --rounds 2 --json $OUT/data.json"

@@ -50,7 +50,7 @@ def step_size(name: SizeName, num_layers: int | None = None, mlp_ratio: float = 
     """A size by name; `num_layers` replaces the decoder's, `mlp_ratio` is for `cpu` alone."""
     if name == "gpu":
         model = known_model("qwen2-7b+siglip-so400m")
-        size = StepSize(model, {1: 6144, 2: 8192}, sequences=2, max_text=2048)
+        size = StepSize(model, {1: 3072, 2: 4096}, sequences=4, max_text=2048)
     elif name == "cpu":
         size = StepSize(_cpu_model(mlp_ratio), {1: 6144, 2: 4096}, sequences=1, max_text=1024)
     else:
