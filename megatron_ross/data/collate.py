@@ -183,6 +183,8 @@ def _load_share(slots: Sequence[ImageSpan | None], image_size: int, load: PixelL
     """float32 [n_share, 3, P, P]; dummy images stay zero."""
     real = [(i, span) for i, span in enumerate(slots) if span is not None]
     loaded = load([span for _, span in real])
+    if loaded and len(loaded) == len(slots):
+        return torch.stack(loaded)
     device = loaded[0].device if loaded else None  # a decoder may leave pixels on the GPU
     pixels = torch.zeros(len(slots), 3, image_size, image_size, device=device)
     for (i, _), image in zip(real, loaded, strict=True):

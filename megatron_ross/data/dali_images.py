@@ -46,7 +46,7 @@ _Encoded = tuple[int, bytes, _Geometry]
 
 
 class DaliDecoder:
-    """A PixelDecoder; pixels are on the GPU if there is one. Not thread-safe: one loader, one decoder.
+    """A PixelDecoder; pixels are on the GPU if there is one.
 
     On a CPU every thread has a pipeline of its own that takes one image at a time, which is as fast as batches: a
     broken file in a batch leaves tasks of the others behind in DALI's thread pool, and they crash the process (seen
@@ -72,6 +72,7 @@ class DaliDecoder:
         )
         self._pool = ThreadPoolExecutor(num_pipelines, thread_name_prefix="ross-dali")
         self._mine = threading.local()
+        self._lock = threading.Lock()
         self._dali = _import_dali()
         self._pillow = PillowDecoder(num_threads)
         self.num_fallbacks = 0
@@ -89,7 +90,8 @@ class DaliDecoder:
         for batch, decoded in zip(batches, self._pool.map(self._run, batches), strict=True):
             results |= {i: pixels for (i, _, _), pixels in zip(batch, decoded, strict=True) if pixels is not None}
         rest = [i for i in range(len(spans)) if i not in results]
-        self.num_fallbacks += len(rest)
+        with self._lock:
+            self.num_fallbacks += len(rest)
         results |= zip(rest, self._pillow.decode([spans[i] for i in rest]), strict=True)
         device = torch.device("cpu" if self._device_id is None else f"cuda:{self._device_id}")
         return [r if isinstance(r, ImageError) else r.to(device) for _, r in sorted(results.items())]

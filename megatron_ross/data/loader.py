@@ -121,7 +121,8 @@ class RossLoader:
             "reference_dummy_images": reference_dummy_images,
         }
         self._prefetch = prefetch
-        self._step_pool = ThreadPoolExecutor(1, thread_name_prefix="ross-step")
+        # Two: one step's texts and tensors are made while the other's images are decoded.
+        self._step_pool = ThreadPoolExecutor(2, thread_name_prefix="ross-step")
         self._decoder = decoder or PillowDecoder(num_workers)
         self._latents = latents
         self._source_ends = np.asarray(source_ends, dtype=np.int64)

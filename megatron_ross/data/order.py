@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -34,14 +35,16 @@ class SampleOrder:
         self.shuffle = shuffle
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._starts = [0]
+        self._lock = threading.RLock()  # a loader's background threads and its caller ask at the same time
 
     def epoch_keys(self, epoch: int) -> np.ndarray:
         """int64 [m, 2]: (epoch, sample id) of all samples of one epoch, in order."""
-        if epoch not in self._cache:
-            self._cache[epoch] = self._make_epoch(epoch)
-            if len(self._cache) > 2:
-                self._cache.popitem(last=False)
-        return self._cache[epoch]
+        with self._lock:
+            if epoch not in self._cache:
+                self._cache[epoch] = self._make_epoch(epoch)
+                if len(self._cache) > 2:
+                    self._cache.popitem(last=False)
+            return self._cache[epoch]
 
     def epoch_ids(self, epoch: int) -> np.ndarray:
         """int64 [m]: the sample ids of one epoch, in order."""
@@ -68,8 +71,9 @@ class SampleOrder:
     def _split(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The sequences [start, stop) by epoch: (epoch, first, one past the last)."""
         while start < stop:
-            while self._starts[-1] <= start:
-                self._starts.append(self._starts[-1] + self.epoch_length(len(self._starts) - 1))
+            with self._lock:
+                while self._starts[-1] <= start:
+                    self._starts.append(self._starts[-1] + self.epoch_length(len(self._starts) - 1))
             epoch = bisect.bisect_right(self._starts, start) - 1
             first, end = self._starts[epoch], min(stop, self._starts[epoch + 1])
             yield epoch, start - first, end - first

@@ -112,12 +112,14 @@ class PackedOrder(SampleOrder):
 
     def plan(self, epoch: int) -> PackPlan:
         """The packs of one epoch; the last two plans are kept."""
-        if epoch not in self._plans:
-            keys = self._base.epoch_keys(epoch)
-            self._plans[epoch] = plan_packs(keys, self._lengths[keys[:, 1]], self.capacity, self._lookahead)
-            while len(self._plans) > 2:
-                del self._plans[next(iter(self._plans))]
-        return self._plans[epoch]
+        with self._lock:
+            if epoch not in self._plans:
+                keys = self._base.epoch_keys(epoch)
+                plan = plan_packs(keys, self._lengths[keys[:, 1]], self.capacity, self._lookahead)
+                while len(self._plans) > 1:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[epoch] = plan
+            return self._plans[epoch]
 
     def sequences(self, start: int, stop: int) -> list[tuple[SampleKey, ...]]:
         packs: list[tuple[SampleKey, ...]] = []
