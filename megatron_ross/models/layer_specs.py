@@ -6,7 +6,9 @@ core that runs packed sequences and uses PyTorch's fused attention, and linear l
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,21 +121,26 @@ class FlatRowParallelLinear(_FlatGradient, RowParallelLinear):
     """Megatron's, with a flat gradient."""
 
 
-def decoder_layer_spec(*, transformer_engine: bool, attention_backend: str = "local") -> ModuleSpec:
+def decoder_layer_spec(*, transformer_engine: bool, attention: str = "local") -> ModuleSpec:
     """Specification of one decoder layer; with `local` attention, TransformerEngine's layer runs PyTorch's."""
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec()
-        if attention_backend == "local":
+        if attention == "local":
             spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
         return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = _submodules(spec.submodules.self_attention), _submodules(spec.submodules.mlp)
     attention.core_attention = SdpaCoreAttention
     attention.linear_qkv, attention.linear_proj = FlatColumnParallelLinear, FlatRowParallelLinear
     mlp.linear_fc1, mlp.linear_fc2 = FlatColumnParallelLinear, FlatRowParallelLinear
     return spec
+
+
+def _submodules(spec: Any) -> Any:
+    """The parts of a module's specification, which newer Megatron versions write as a partial call."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def final_norm(config: TransformerConfig, *, transformer_engine: bool) -> nn.Module:
