@@ -100,8 +100,7 @@ class RossStage(MegatronModule):
         self.vp_stage = vp_stage
         self.lm_head_chunk_tokens = lm_head_chunk_tokens
         self.input_tensor: Tensor | None = None
-        self.wait_for: WaitFor = nothing_to_wait_for
-        """Called before weights are used that Megatron does not know to wait for; `overlap_param_gather` sets it."""
+        self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())
         if spec.has("V"):
             self.vision = VisionEncoder(model, config, groups, tower_dtype=vision_tower_dtype)
@@ -116,9 +115,7 @@ class RossStage(MegatronModule):
             self.rotary_pos_emb = rotary_embedding(model.language)
             self.decoder = TransformerBlock(
                 config=config,
-                spec=decoder_layer_spec(
-                    transformer_engine=transformer_engine, attention_backend=config.attention_backend.name
-                ),
+                spec=decoder_layer_spec(transformer_engine=transformer_engine, attention=config.attention_backend.name),
                 post_layer_norm=False,
                 vp_stage=vp_stage,
             )

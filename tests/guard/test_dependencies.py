@@ -16,6 +16,8 @@ DISTRIBUTIONS = {
     "nvidia": "nvidia-dali-cuda130",
 }
 OURS = {"megatron_ross", "ross_kernels"}
+FROM_SOURCE = {"apex"}
+"""Used where it is found. It cannot be declared: the released package of that name is another one."""
 LOWEST = ROOT / "tests" / "lowest-requirements.txt"
 
 
@@ -26,7 +28,7 @@ def distribution(module: str) -> str:
 
 def undeclared(prefixes: tuple[str, ...], declared: set[str], local: set[str]) -> list[str]:
     found = [i for path in project_files(".py") if path.startswith(prefixes) for i in imports_of(path)]
-    known = sys.stdlib_module_names | OURS | local
+    known = sys.stdlib_module_names | OURS | FROM_SOURCE | local
     return [str(i) for i in found if i.module.split(".")[0] not in known and distribution(i.module) not in declared]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.checkpoint.sharded import load_weights
+from megatron_ross.config.features import sequence_multiple
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
@@ -65,8 +66,7 @@ class Session:
 
     def microbatches(self, samples: list[RossSample], *, epoch: int = 0) -> list[RossMicrobatch]:
         """This data-parallel rank's microbatches, placed as the loader places them."""
-        parallel, mbs = self.run.parallel, self.run.data.micro_batch_size
-        multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        mbs, multiple = self.run.data.micro_batch_size, sequence_multiple(self.run)
         length = -(-max(len(s.input_ids) for s in samples) // multiple) * multiple
         return [
             collate(

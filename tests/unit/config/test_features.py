@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from megatron_ross.config.layout import parse_layout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from tests.helpers.golden import model_config
+from tests.helpers.sources import ROOT
 
 CPU = Available(megatron_core="0.16.1")
 BARE = Available(gpu=(9, 0), cuda="13.0", megatron_core="0.19.2")
@@ -286,7 +291,25 @@ def test_probe_agrees_with_this_machine() -> None:
         assert (found.transformer_engine, found.apex_adam, found.apex_wgrad) == ("", False, False)
 
 
-def test_settings_come_from_yaml(tmp_path: Any) -> None:
+def test_a_refusal_comes_before_any_process_group(tmp_path: Path) -> None:
+    """Rank 0 of two, whose peer never starts: a process group would wait for it."""
+    (tmp_path / "data.json").write_text("[]")
+    flags = ["--data-path", str(tmp_path / "data.json"), "--init-from", "nowhere", "--fp8", "hybrid", "--bf16"]
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, ROOT / "pretrain_ross.py", *flags],
+        env=os.environ | ranks,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: fp8='hybrid': needs TransformerEngine's layers, and TransformerEngine needs a GPU")
+
+
+def test_settings_come_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "fp8: e4m3\nfp8_recipe: tensorwise\nfirst_last_layers_bf16: true\nrecompute_modules: [core_attn, mlp]\n"
