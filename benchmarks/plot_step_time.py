@@ -20,7 +20,7 @@ from megatron_ross.convert.known_models import known_model
 from megatron_ross.planner.hardware import known_gpu
 from megatron_ross.planner.search import plan_run
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
@@ -65,16 +65,15 @@ def predicted() -> tuple[list[str], list[dict[str, float]]]:
     return labels, columns
 
 
-def main(results: Path = ROOT / "benchmarks/results", output: Path = ROOT / "docs/images/step_time.svg") -> None:
+def main(results: Path = ROOT / "benchmarks/results", output: Path = ROOT / "docs/images/step_time.png") -> None:
     """Draw.
 
     Args:
         results: folder with bench_step.py's step_1_cpu.json and step_2_cpu.json.
-        output: an SVG file.
+        output: a PNG file.
     """
     steps = [json.loads((results / f"step_{stage}_cpu.json").read_text()) for stage in (1, 2)]
     labels, columns = zip(*(pair for figures in steps for pair in zip(*measured(figures), strict=True)), strict=True)
-    plt.rcParams["svg.hashsalt"] = "step_time"  # the same file for the same figures
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
     stacked(left, list(labels), list(columns), PARTS)
     where = f"{steps[0]['machine']}, commit {steps[0]['commit']}"
@@ -82,7 +81,7 @@ def main(results: Path = ROOT / "benchmarks/results", output: Path = ROOT / "doc
     stacked(right, *predicted(), MEMORY)
     right.set_title("predicted: GiB per GPU, Qwen2-7B + SigLIP\nRoss recipes on 8 x H100", fontsize=9)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, metadata={"Date": None})
+    figure.savefig(output, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":
