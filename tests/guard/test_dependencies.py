@@ -42,10 +42,9 @@ def test_imports_of_the_packages_are_declared() -> None:
 
 def test_imports_of_tools_examples_and_tests_are_declared() -> None:
     declared = {r.name.lower() for r in required()} | {r.name.lower() for rs in extras().values() for r in rs}
-    scripts = {
-        p.split("/")[-1].removesuffix(".py") for p in project_files(".py") if p.startswith(("examples/", "tools/"))
-    }
-    missing = undeclared(("tools/", "examples/", "tests/"), declared, scripts | {"tests", "tools", "examples"})
+    programs = ("benchmarks/", "examples/", "tools/")
+    scripts = {p.split("/")[-1].removesuffix(".py") for p in project_files(".py") if p.startswith(programs)}
+    missing = undeclared((*programs, "tests/"), declared, scripts | {"tests", "tools", "examples"})
     assert not missing, "add these to setup.py"
 
 
