@@ -94,7 +94,7 @@ class GroupedOrder(SampleOrder):
 
     def __init__(
         self,
-        modality_lengths: Sequence[int],
+        modality_lengths: Sequence[int] | np.ndarray,
         seed: int = 0,
         *,
         batch_size: int,

@@ -131,9 +131,9 @@ def decoder_layer_spec(*, transformer_engine: bool, attention: str = "local") ->
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention, mlp = _submodules(spec.submodules.self_attention), _submodules(spec.submodules.mlp)
-    attention.core_attention = SdpaCoreAttention
-    attention.linear_qkv, attention.linear_proj = FlatColumnParallelLinear, FlatRowParallelLinear
+    self_attention, mlp = _submodules(spec.submodules.self_attention), _submodules(spec.submodules.mlp)
+    self_attention.core_attention = SdpaCoreAttention
+    self_attention.linear_qkv, self_attention.linear_proj = FlatColumnParallelLinear, FlatRowParallelLinear
     mlp.linear_fc1, mlp.linear_fc2 = FlatColumnParallelLinear, FlatRowParallelLinear
     return spec
 
