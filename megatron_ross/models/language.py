@@ -25,9 +25,11 @@ def transformer_config(
     parallel: ParallelConfig,
     compute: ComputeConfig,
     layout: StageLayout,
+    *,
+    transformer_engine: bool = False,
     attention_backend: str = "local",
 ) -> TransformerConfig:
-    """Megatron's configuration of the decoder and of the pipeline schedule; `attention_backend` as in `Features`."""
+    """Megatron's configuration of the decoder and of the pipeline schedule; the last two arguments as in `Features`."""
     dtype = torch.bfloat16 if compute.bf16 else torch.float32
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     overlap = interleaved if parallel.overlap_p2p_comm is None else parallel.overlap_p2p_comm
@@ -58,6 +60,7 @@ def transformer_config(
         # Fusions compiled at run time pay off on GPU only.
         bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=torch.cuda.is_available(),
+        apply_rope_fusion=transformer_engine,  # its kernel, which knows packed sequences
     )
 
 

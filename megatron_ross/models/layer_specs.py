@@ -74,7 +74,10 @@ class SdpaCoreAttention(nn.Module):
         return torch.cat(segments).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, s, d] each."""
+        """[b, heads, s, d] each; key and value may have fewer heads."""
+        if query.device.type == "cpu":
+            # The CPU's backward pass takes one thread per sequence and key head: a packed sample with one group, one.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -29,7 +29,14 @@ def build_stages(
     features = resolve_features(run, probe())
     # TransformerEngine reads these when a layer first attends.
     os.environ |= attention_environment(features.attention.name)
-    config = transformer_config(model.language, run.parallel, run.compute, layout, features.attention.name)
+    config = transformer_config(
+        model.language,
+        run.parallel,
+        run.compute,
+        layout,
+        transformer_engine=features.transformer_engine,
+        attention_backend=features.attention.name,
+    )
     chunks = layout.chunks_of_rank(groups.pp.rank())
     stages = [
         RossStage(

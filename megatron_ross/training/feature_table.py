@@ -52,6 +52,7 @@ def _kernels(run: RunConfig, features: Features, available: Available) -> list[F
     return [
         FeatureRow("TransformerEngine layers", "on" if features.transformer_engine else "off", features.layers.why),
         FeatureRow("attention", _ATTENTION[features.attention.name], features.attention.why),
+        FeatureRow("fused rotary embedding", "on" if features.transformer_engine else "off", "part of those layers"),
         FeatureRow("fused AdamW", _ADAM[features.adam.name], features.adam.why),
         FeatureRow("Triton kernels", "on" if uses_triton else "off", why),
         _row(

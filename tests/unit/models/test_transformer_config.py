@@ -18,7 +18,9 @@ from tests.helpers.golden import model_config
 def made(text: str = "VEt*4NDH", pp: int = 1, attention: str = "local", **flat: Any) -> TransformerConfig:
     run = RunConfig.from_flat({"pipeline_model_parallel_size": pp, **flat})
     layout = parse_layout(text, num_layers=4, pipeline_model_parallel_size=pp, has_denoiser=True)
-    return transformer_config(model_config("qwen2_siglip").language, run.parallel, run.compute, layout, attention)
+    return transformer_config(
+        model_config("qwen2_siglip").language, run.parallel, run.compute, layout, attention_backend=attention
+    )
 
 
 # Each value differs from Megatron's default.
