@@ -40,7 +40,8 @@ class Manifest:
 
     `dtypes` maps a part (language, vision, projector, denoiser, vae) to its torch dtype without "torch.". `training` is
     the trainer's free-form record (steps, losses, sample digest, recipe). `base` is set when this checkpoint holds only
-    some tensors: the checkpoint with the others, absolute or relative to the iteration folder.
+    some tensors: the checkpoint with the others, absolute or relative to the iteration folder. `files` has the SHA-256
+    of every other file, by name.
     """
 
     iteration: int
@@ -49,15 +50,13 @@ class Manifest:
     dtypes: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     format_version: int = FORMAT_VERSION
 
     def write(self, iteration_dir: Path) -> None:
         """Write `iteration_dir/manifest.json` atomically."""
-        path = Path(iteration_dir) / MANIFEST_NAME
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        os.replace(temporary, path)
+        _replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, iteration_dir: Path) -> Manifest:
@@ -104,9 +103,16 @@ def iteration_dir(root: Path, iteration: int) -> Path:
 
 def write_latest(root: Path, iteration: int) -> None:
     """Mark `iteration` as the newest complete one. Call it last: until then, readers see the previous one."""
-    path = Path(root) / LATEST_NAME
+    _replace_text(Path(root) / LATEST_NAME, f"{iteration}\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, also after a power failure."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(f"{iteration}\n")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -7,10 +7,14 @@ mutex or a half-made runtime die or stop, and Megatron then waits for them for e
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -23,20 +27,34 @@ from torch.futures import Future
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """The save strategy `torch_dist`, version 1, without child processes. Files are on disk when it returns."""
+    """The save strategy `torch_dist`, version 1, without child processes.
 
-    def __init__(self) -> None:
+    Args:
+        group: for the collectives of the request, which may run in a thread; None: the default group.
+        copy: the request writes a copy, in CPU memory, of what the state holds now.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, copy: bool) -> None:
         super().__init__("torch_dist", 1)
+        self._group, self._copy = group, copy
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """Write this rank's main replicas to one file; `.metadata` is written last. Called by all ranks.
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
+        """A request whose `async_fn()` writes this rank's main replicas to one file, and last, on rank 0, `.metadata`.
 
-        Raises:
-            CheckpointException: on rank 0, with the faults of all ranks, and on the ranks at fault.
+        `async_fn` is called by all ranks. It raises CheckpointException on rank 0, with the faults of all ranks, and on
+        the ranks at fault.
         """
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        if self._copy:
+            for tensor in (value for values in state.values() for value in values if isinstance(value, ShardedTensor)):
+                tensor.data = tensor.data.detach().to("cpu", copy=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=_Writer(checkpoint_dir), planner=planner)
+        plain = mcore_to_pyt_state_dict(state, False)
+        return AsyncRequest(functools.partial(_write, plain, planner, Path(checkpoint_dir), self._group), (), [])
+
+
+def _write(state: dict[str, Any], planner: SavePlanner, directory: Path, group: dist.ProcessGroup | None) -> None:
+    dcp.save(state, storage_writer=_Writer(directory), planner=planner, process_group=group)
 
 
 class _Writer(dcp.FileSystemWriter):

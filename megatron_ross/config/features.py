@@ -73,6 +73,10 @@ def resolve_features(run: RunConfig, available: Available) -> Features:
     _check_data_parallel_overlap(run)
     _check_tensor_parallel_overlap(run, available, features)
     _check_accumulation_fusion(run.compute, available, features)
+    if run.training.log_straggler and available.gpu is None:
+        raise refuse(
+            "log_straggler", True, "Megatron's detector times CUDA events, and torch sees no GPU", "leave it out"
+        )
     return features
 
 

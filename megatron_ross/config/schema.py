@@ -180,18 +180,36 @@ class TrainingConfig:
     """Run folder; checkpoints go to <save>/checkpoints. Empty saves nothing."""
     save_interval: int | None = None
     """Save every this many steps, and at the end."""
+    async_save: bool = False
+    """Write checkpoints in a thread beside training, from a copy in CPU memory."""
+    save_retain_last: int | None = None
+    """Keep this many of the newest checkpoints; None keeps all (or the newest, where save_retain_interval is set)."""
+    save_retain_interval: int | None = None
+    """Keep every checkpoint whose iteration is a multiple of this, besides the newest."""
+    save_failure: Literal["stop", "continue"] = "stop"
+    """What follows when a checkpoint cannot be written: the run ends, or trains on and tries again at the next."""
     save_trainable_only: bool = False
     """Checkpoints of stage 1 without the frozen weights; they name the checkpoint that holds those."""
     load: str = ""
     """Resume from this run's checkpoints (weights, optimizer, schedule, data position)."""
     init_from: str = ""
     """Start from the weights of this checkpoint."""
+    verify_checkpoint: bool = False
+    """Compare the files of the checkpoint to load with its checksums first."""
     log_interval: int = 10
     tensorboard: bool = True
     wandb_project: str = ""
     """Log to Weights & Biases under this project."""
     preemption_grace_seconds: float = 120.0
     """After SIGTERM or SIGUSR1: time to finish the step and save before a rank gives up."""
+    hang_timeout_minutes: float = 20.0
+    """A step, save or load that takes longer ends the run, and every rank prints where it stands; 0 waits for ever."""
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
+    """Megatron's rerun state machine: repeat a step whose loss is not finite, or every step, on the same data."""
+    loss_spike_factor: float = 3.0
+    """Warn of a loss above this many medians of the last hundred steps; 0 never warns."""
+    log_straggler: bool = False
+    """Report the slowest and fastest ranks with every log line (Megatron's detector; GPUs only)."""
 
 
 SECTIONS: dict[str, type] = {

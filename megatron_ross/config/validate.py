@@ -117,6 +117,18 @@ def _check_schedule(run: RunConfig) -> None:
         )
     if training.save_interval is not None and not training.save:
         raise ConfigError(f"save_interval={training.save_interval}: needs save, the run folder to write checkpoints to")
+    for name in ("save_retain_last", "save_retain_interval"):
+        value = getattr(training, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1; leave it out to keep every checkpoint")
+    limit, grace = training.hang_timeout_minutes, training.preemption_grace_seconds
+    if limit < 0 or (limit and 60 * limit < grace):
+        raise ConfigError(
+            f"hang_timeout_minutes={limit}: must be 0, or at least preemption_grace_seconds={grace}, "
+            "so that a last save is not taken for a hang"
+        )
+    if training.loss_spike_factor and training.loss_spike_factor <= 1:
+        raise ConfigError(f"loss_spike_factor={training.loss_spike_factor}: must be above 1, or 0 for no warnings")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
 

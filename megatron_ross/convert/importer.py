@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, Source, iteration_dir, write_latest
 from megatron_ross.config.model import ProjectorConfig, RossModelConfig
 from megatron_ross.convert.atomic import atomic_directory
@@ -178,6 +179,7 @@ def write_checkpoint(plan: ImportPlan, output: Path, training: dict[str, Any] | 
             ),
             dtypes={part_of(key): str(tensor.dtype).removeprefix("torch.") for key, tensor in plan.tensors.items()},
             training=training or {},
+            files=checksums(directory, [*own_data_files(directory, 0), *other_files(directory)]),
         ).write(directory)
         write_latest(root, 0)
     return Path(output)

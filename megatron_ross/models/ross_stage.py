@@ -42,21 +42,33 @@ from megatron_ross.platform import current_device
 
 
 class StepLosses:
-    """Summed losses of the microbatches this rank has seen since the last `take()`; stay on the device."""
+    """Losses of the microbatches this rank has seen since the last `take()`; stay on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._device = device
+        self._values: dict[str, list[Tensor]] = {"lm": [], "recon": []}
+        self._taken: dict[str, list[Tensor]] = {}
 
     def add(self, *, lm: Tensor | None = None, recon: Tensor | None = None) -> None:
         """Add scaled losses, so that the run's total is their sum over microbatches and ranks."""
-        for slot, value in enumerate((lm, recon)):
+        for name, value in (("lm", lm), ("recon", recon)):
             if value is not None:
-                self._sums[slot] += value.detach().double()
+                self._values[name].append(value.detach().double())
 
     def take(self) -> Tensor:
-        """float64 [2]: lm and recon loss; resets."""
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
-        return sums
+        """float64 [2]: summed lm and recon loss; resets."""
+        self._taken, self._values = self._values, {name: [] for name in self._values}
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack([sum(values, start=zero) for values in self._taken.values()])
+
+    def nonfinite(self) -> list[tuple[str, int]]:
+        """Which losses of which microbatches, of those that `take()` summed up last, are NaN or Inf."""
+        return [
+            (name, i)
+            for name, values in self._taken.items()
+            for i, value in enumerate(values)
+            if not torch.isfinite(value)
+        ]
 
 
 class RossStage(MegatronModule):

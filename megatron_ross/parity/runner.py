@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ross.checkpoint.loading import load_weights
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
-from megatron_ross.checkpoint.sharded import load_weights
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.schema import OptimizerSettings, RunConfig, TrainabilityConfig
 from megatron_ross.convert.importer import plan_checkpoint, write_checkpoint

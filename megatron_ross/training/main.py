@@ -51,12 +51,15 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     validate_run(run, world_size)
     resolve_features(run, probe())
     from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+    from megatron_ross.training.checkpoints import prepare_run_folder
     from megatron_ross.training.latents import check_latent_cache
     from megatron_ross.training.start import start_path
 
     manifest = Manifest.read(resolve_checkpoint(start_path(run)))
     layout = resolve_layout(run, manifest.model, world_size)
     check_latent_cache(run)
+    if run.training.save:
+        prepare_run_folder(run)
     start_process_group(run.parallel.distributed_timeout_minutes)
     from megatron_ross.parallel.groups import initialize_groups
     from megatron_ross.training.trainer import Trainer
@@ -83,7 +86,7 @@ def start_process_group(timeout_minutes: float) -> None:
 
 def _is_expected(error: RuntimeError) -> bool:
     """Errors that already say what to do need no traceback."""
-    from megatron_ross.checkpoint.sharded import CheckpointError
+    from megatron_ross.checkpoint.agreement import CheckpointError
     from megatron_ross.training.trainer import TrainingError
 
     return isinstance(error, CheckpointError | TrainingError)

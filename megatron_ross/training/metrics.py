@@ -33,6 +33,7 @@ class IntervalMetrics:
     data_wait_seconds: float  # per iteration
     memory_gib: float  # peak of this rank: GPU allocations, or resident memory on CPU
     skipped_iterations: int
+    save_stall_seconds: float  # that training stood still for saves in this interval
     bad_samples: dict[str, int]  # since the run's start, by status: bad (skipped), mismatch (masked), images_cut
     samples_by_source: dict[str, int]  # consumed since the run's start from each source of a blend
 
@@ -64,6 +65,15 @@ class Interval:
         self._flops += flops
         self._data_wait += wait
 
+    @property
+    def num_steps(self) -> int:
+        return len(self._steps)
+
+    @property
+    def flops(self) -> float:
+        """Over all ranks and steps."""
+        return self._flops
+
     def take(
         self,
         *,
@@ -71,6 +81,7 @@ class Interval:
         consumed_samples: int,
         learning_rate: float,
         skipped: int,
+        save_stall: float,
         bad_samples: dict[str, int],
         samples_by_source: dict[str, int],
     ) -> IntervalMetrics:
@@ -91,6 +102,7 @@ class Interval:
             data_wait_seconds=self._data_wait / len(self._steps),
             memory_gib=_peak_memory_gib(),
             skipped_iterations=skipped,
+            save_stall_seconds=save_stall,
             bad_samples=bad_samples,
             samples_by_source=samples_by_source,
         )
@@ -153,6 +165,7 @@ def _line(m: IntervalMetrics, train_iters: int) -> str:
         f"lr {m.learning_rate:.3e} | samples/s {m.samples_per_second:.1f} | tokens/s {m.tokens_per_second:.0f} | "
         f"TFLOP/s/rank {m.tflops_per_rank:.3g} | ms/iteration {m.seconds_per_iteration * 1e3:.0f} | "
         f"data wait ms {m.data_wait_seconds * 1e3:.0f} | memory GiB {m.memory_gib:.2f} | skipped {m.skipped_iterations}"
+        + (f" | save stall ms {m.save_stall_seconds * 1e3:.0f}" if m.save_stall_seconds else "")
         + "".join(f" | {name} samples {count}" for name, count in sorted(m.bad_samples.items()))
     )
 

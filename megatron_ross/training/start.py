@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ross.checkpoint.manifest import resolve_checkpoint
+from megatron_ross.checkpoint.manifest import LATEST_NAME, MANIFEST_NAME, iteration_dir, resolve_checkpoint
+from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 
@@ -22,13 +23,26 @@ def is_resume(run: RunConfig) -> bool:
     """
     if not run.training.load:
         return False
+    root = checkpoints_of(run.training.load)
+    # A run that was interrupted before its first save may start afresh; one whose checkpoints are damaged must not.
+    if run.training.init_from and not _was_ever_saved(root):
+        return False
     try:
-        resolve_checkpoint(checkpoints_of(run.training.load))
+        resolve_checkpoint(root)
     except ValueError as error:
-        if run.training.init_from:
-            return False
-        raise ConfigError(f"load={run.training.load!r}: {error}; give init_from to start afresh") from None
+        raise ConfigError(f"load={run.training.load!r}: {error}; {_what_to_do(root)}") from None
     return True
+
+
+def _was_ever_saved(root: Path) -> bool:
+    return any((root / name).exists() for name in (LATEST_NAME, MANIFEST_NAME)) or bool(complete_iterations(root))
+
+
+def _what_to_do(root: Path) -> str:
+    iterations = complete_iterations(root)
+    if not iterations:
+        return "give init_from to start afresh"
+    return f"complete checkpoints there: give load={iteration_dir(root, iterations[-1])} to go on from the newest"
 
 
 def checkpoints_of(path: str) -> Path:

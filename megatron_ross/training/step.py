@@ -21,6 +21,7 @@ from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.planner.workload import Work, causal_pairs
 from megatron_ross.platform import current_device
+from megatron_ross.training.rerun import Rerun
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,15 @@ def _forward_step(iterator: Iterator[tuple[RossMicrobatch, LossScales]], chunk):
     return output, loss_func
 
 
-def reduce_losses(stages: list[RossStage], groups: ParallelGroups) -> tuple[float, float]:
-    """(lm, recon) loss of the global batch, from what the ranks' stages summed up."""
-    sums = torch.stack([stage.losses.take() for stage in stages]).sum(0)
+def local_losses(stages: list[RossStage]) -> Tensor:
+    """float64 [2]: what this rank's stages summed up of the lm and recon loss."""
+    return torch.stack([stage.losses.take() for stage in stages]).sum(0)
+
+
+def reduce_losses(sums: Tensor, groups: ParallelGroups) -> tuple[float, float]:
+    """(lm, recon) loss of the global batch, from the ranks' `local_losses`."""
     # The LM loss is the same on all tensor-parallel ranks; the reconstruction loss is shared out among them.
-    sums[0] /= groups.tp.size()
+    sums = sums / torch.tensor([groups.tp.size(), 1], dtype=sums.dtype, device=sums.device)
     dist.all_reduce(sums)
     lm, recon = sums.tolist()
     return lm, recon
@@ -125,9 +130,14 @@ def train_step(
     batches: list[RossMicrobatch],
     scales: list[LossScales],
     groups: ParallelGroups,
+    rerun: Rerun | None = None,
 ) -> StepResult:
     """Forward, backward, update; a step whose loss or gradient norm is not finite updates nothing, on any rank."""
-    lm_loss, recon_loss = compute_gradients(chunks, optimizer, batches, scales, groups)
+    for _ in [None] if rerun is None else rerun.attempts():
+        sums = _accumulate_gradients(chunks, optimizer, batches, scales)
+        if rerun is not None:
+            rerun.check(sums)
+    lm_loss, recon_loss = reduce_losses(sums, groups)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     finite = math.isfinite(grad_norm) and math.isfinite(lm_loss + recon_loss)
@@ -145,11 +155,21 @@ def compute_gradients(
     groups: ParallelGroups,
 ) -> tuple[float, float]:
     """Losses (lm, recon) and finalised gradients of the global batch, without an update."""
+    return reduce_losses(_accumulate_gradients(chunks, optimizer, batches, scales), groups)
+
+
+def _accumulate_gradients(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[RossMicrobatch],
+    scales: list[LossScales],
+) -> Tensor:
+    """Finalised gradients, from zero; this rank's `local_losses`."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     run_schedule(chunks, batches, scales)
-    return reduce_losses([chunk.module for chunk in chunks], groups)
+    return local_losses([chunk.module for chunk in chunks])
 
 
 def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, resolve_checkpoint
-from megatron_ross.checkpoint.sharded import base_of, load_checkpoint, load_weights, save_checkpoint
+from megatron_ross.checkpoint.loading import base_of, load_checkpoint, load_weights, verify_checkpoint
+from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.state import training_state
 from megatron_ross.compat import probe
 from megatron_ross.config.cli import write_resolved
 from megatron_ross.config.features import resolve_features
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.data.batch import RossMicrobatch
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.parallel.grad_sync import finalize_gradients
 from megatron_ross.parallel.groups import ParallelGroups
@@ -27,13 +27,20 @@ from megatron_ross.planner.flops import step_flops
 from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
+from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, training_record
 from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
+from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
 from megatron_ross.training.report import parameter_counts, stage_table
+from megatron_ross.training.rerun import start_rerun
+from megatron_ross.training.signals import StopSignal
+from megatron_ross.training.spikes import SpikeDetector
 from megatron_ross.training.start import is_resume, start_path
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
+from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
+from megatron_ross.training.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
@@ -45,7 +52,12 @@ class Trainer:
 
     def __init__(self, run: RunConfig, manifest: Manifest, layout: StageLayout, groups: ParallelGroups) -> None:
         self.run, self.layout, self.groups = run, layout, groups
+        self.folder = Path(run.training.save) if run.training.save else None
+        self.watchdog = Watchdog(60 * run.training.hang_timeout_minutes, self.folder)
+        self.watchdog.beat("start")
         source = resolve_checkpoint(start_path(run))
+        if run.training.verify_checkpoint:
+            verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
         self.order = build_order(run, self.dataset)
@@ -69,6 +81,10 @@ class Trainer:
             groups,
             letters={letter for stage in self.stages for letter in stage.spec.letters},
         )
+        self.checkpoints = RunCheckpoints(run, self.assets, self._print) if self.folder else None
+        self.rerun = start_rerun(run.training.rerun_mode, self.folder)
+        self.straggler = StragglerReport(run.training.log_straggler)
+        self.spikes = SpikeDetector(run.training.loss_spike_factor)
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}
@@ -89,14 +105,14 @@ class Trainer:
         """Run the remaining iterations.
 
         Raises:
-            TrainingError: too many steps with non-finite gradients.
+            TrainingError: too many steps with non-finite gradients. CheckpointError: a checkpoint cannot be written.
         """
         self._announce()
         log = RunLog(self.run, self.train_iters, self.iteration) if self.groups.is_logging_rank else None
-        stop = _StopSignal(self.run.training.preemption_grace_seconds)
+        stop = StopSignal(self.run.training.preemption_grace_seconds)
         interval = Interval()
-        saved_at = self.iteration
-        while self.iteration < self.train_iters and not stop.asked():
+        saved_at, stopped_by = self.iteration, 0
+        while self.iteration < self.train_iters and not stopped_by:
             consumed = self.loader.consumed_samples
             result, work = self._step()
             interval.add(
@@ -108,18 +124,37 @@ class Trainer:
                 flops=self._flops(work),
                 wait=self.loader.wait_s,
             )
-            if self.iteration % self.run.training.log_interval == 0 or self.iteration == self.train_iters:
-                self._log(log, interval)
+            stopped_by = self._agree(stop)
             if self._is_save_due():
                 self.save()
                 saved_at = self.iteration
-        if self.run.training.save and saved_at != self.iteration:
-            self.save()
+            if self.iteration % self.run.training.log_interval == 0 or self.iteration == self.train_iters:
+                self._log(log, interval)
+        if self.checkpoints is not None:
+            if saved_at != self.iteration:
+                self.save(is_last=True)
+            self.checkpoints.finish(is_last=True)
+        self._close(log)
+        if stopped_by:
+            self._print(f"stopped by {signal.Signals(stopped_by).name} after iteration {self.iteration}")
+
+    def _agree(self, stop: StopSignal) -> int:
+        """The signal that any rank got, or 0; ends a pending save when no rank is writing. A collective call."""
+        is_writing = self.checkpoints is not None and self.checkpoints.is_writing
+        flags = torch.tensor([stop.number, int(is_writing)], device=current_device())
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        number, any_writing = flags.tolist()
+        if self.checkpoints is not None and not any_writing:
+            self.checkpoints.finish()
+        return number
+
+    def _close(self, log: RunLog | None) -> None:
+        self.watchdog.stop()
         self.loader.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
         if log is not None:
             log.close()
-        if stop.signal_number is not None:
-            self._print(f"stopped by {signal.Signals(stop.signal_number).name} after iteration {self.iteration}")
 
     def _flops(self, work: Work) -> float:
         run = self.run
@@ -132,29 +167,48 @@ class Trainer:
         )
 
     def _step(self) -> tuple[StepResult, Work]:
+        self.watchdog.beat(f"iteration {self.iteration + 1}")
         device = current_device()
         batches = [batch.to(device) for batch in self.loader.next_step()]
         self.learning_rate = self._current_learning_rate()
         scales = loss_scales(batches, self.run.loss, self.groups)
-        result = train_step(self.chunks, self.optimizer, batches, scales, self.groups)
+        with self.straggler.step():
+            result = train_step(self.chunks, self.optimizer, batches, scales, self.groups, self.rerun)
         self.scheduler.step(increment=1)
         self.iteration += 1
         self.num_updates += result.updated
-        self.skipped += not result.updated
-        if self.skipped > self.run.optimizer.skip_nonfinite_steps:
-            raise TrainingError(
-                f"iteration {self.iteration}: loss {result.loss} or gradient norm {result.grad_norm} is not finite, "
-                f"{self.skipped} time(s) by now (skip_nonfinite_steps={self.run.optimizer.skip_nonfinite_steps}); "
-                f"this rank's samples {[i for batch in batches for i in batch.sample_ids]}; lower lr or check the data"
-            )
+        if not result.updated:
+            self._skip(result, batches)
+        elif (median := self.spikes.look(result.loss)) is not None:
+            self._print(f"warning: iteration {self.iteration}: loss {result.loss:.4g}, {median:.4g} before: a spike")
         return result, step_work(batches, self.groups)
 
+    def _skip(self, result: StepResult, batches: list[RossMicrobatch]) -> None:
+        """Write down which samples a step without update had, and stop if there were too many such steps."""
+        self.skipped += 1
+        found = nonfinite_microbatches(self.stages, batches)
+        text = f"iteration {self.iteration}: loss {result.loss} or gradient norm {result.grad_norm} is not finite"
+        if self.folder is not None and self.groups.is_logging_rank:
+            record = {"iteration": self.iteration, "lm_loss": str(result.lm_loss), "recon_loss": str(result.recon_loss)}
+            write_nonfinite(self.folder, record | {"grad_norm": str(result.grad_norm), "microbatches": found})
+        self._print(f"warning: {text}; nothing is updated; samples {samples_of(found)}")
+        if self.skipped > self.run.optimizer.skip_nonfinite_steps:
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+            raise TrainingError(
+                f"{text}, {self.skipped} time(s) by now "
+                f"(skip_nonfinite_steps={self.run.optimizer.skip_nonfinite_steps}); samples {samples_of(found)}; "
+                "lower lr or check the data"
+            )
+
     def _log(self, log: RunLog | None, interval: Interval) -> None:
+        self.straggler.report(interval.flops, interval.num_steps)
         metrics = interval.take(
             iteration=self.iteration,
             consumed_samples=self.loader.consumed_samples,
             learning_rate=self.learning_rate,
             skipped=self.skipped,
+            save_stall=0.0 if self.checkpoints is None else self.checkpoints.take_stall(),
             bad_samples=self.loader.bad_sample_counts,
             samples_by_source=dict(zip(source_names(self.run.data), self.loader.consumed_by_source, strict=True)),
         )
@@ -168,48 +222,47 @@ class Trainer:
 
     def _is_save_due(self) -> bool:
         interval = self.run.training.save_interval
-        return bool(self.run.training.save) and interval is not None and self.iteration % interval == 0
+        return self.checkpoints is not None and interval is not None and self.iteration % interval == 0
 
-    def save(self) -> Path:
-        """Write a checkpoint of this iteration."""
+    def save(self, *, is_last: bool = False) -> None:
+        """Write a checkpoint of this iteration, or begin to; see `RunCheckpoints.save`."""
+        assert self.checkpoints is not None, "the run has no folder to save to"
+        self.watchdog.beat(f"save of iteration {self.iteration}")
         gather_now(self.chunks)
-        state = self.loader.state_dict()
-        root = Path(self.run.training.save) / "checkpoints"
+        data = self.loader.state_dict()
+        trainable_only = self.run.training.save_trainable_only
         manifest = Manifest(
             iteration=self.iteration,
             model=self.manifest.model,
             sources=self.manifest.sources,
             dtypes=self.manifest.dtypes,
-            training={**self.last_losses, "settings": self.run.to_flat(), "data": state, "layout": str(self.layout)},
+            training=training_record(self.last_losses, self.run, data, str(self.layout)),
+            base=self.checkpoints.relative_base(self.base, self.iteration) if trainable_only else None,
         )
-        if self.run.training.save_trainable_only:
-            manifest = replace(manifest, base=os.path.relpath(self.base, iteration_dir(root, self.iteration)))
         progress = {
             "iteration": self.iteration,
             "skipped": self.skipped,
             "num_updates": self.num_updates,
-            "data": state,
+            "data": data,
         }
-        directory = save_checkpoint(
-            root,
-            manifest,
-            self.assets,
-            self.stages,
-            self.optimizer,
-            self.scheduler,
-            progress,
-            self.groups,
-            source=self.base if self.run.data.latent_cache else None,
-        )
-        self._print(f"saved {directory}")
-        return directory
+
+        def state() -> ShardedStateDict:
+            return training_state(
+                self.stages,
+                self.optimizer,
+                self.scheduler,
+                progress,
+                self.groups,
+                trainable_only=trainable_only,
+                source=self.base if self.run.data.latent_cache else None,
+            )
+
+        self.checkpoints.save(Snapshot(manifest, state), is_last=is_last)
 
     def _announce(self) -> None:
         counts = parameter_counts(self.stages, self.groups)
-        if self.run.training.save and dist.get_rank() == 0:
-            folder = Path(self.run.training.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_resolved(self.run, folder / "config.yaml")
+        if self.folder is not None and dist.get_rank() == 0:
+            write_resolved(self.run, self.folder / "config.yaml")
         sequences, per_epoch = self.train_iters * self.run.data.global_batch_size, self.order.epoch_length(0)
         self._print(stage_table(self.layout, counts))
         self._print(self._features())
@@ -238,30 +291,3 @@ def num_iterations(run: RunConfig, order: SampleOrder) -> int:
     if rest:
         sequences += math.ceil(rest * order.epoch_length(int(whole)))
     return max(1, math.ceil(sequences / run.data.global_batch_size))
-
-
-class _StopSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end; all ranks act on it after the same step.
-
-    A rank that cannot get there (it waits for one that died) leaves after `grace_s`.
-    """
-
-    def __init__(self, grace_s: float) -> None:
-        self.signal_number: int | None = None
-        self._grace_s = grace_s
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is None:
-            self.signal_number = number
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-            signal.setitimer(signal.ITIMER_REAL, self._grace_s)
-
-    def asked(self) -> bool:
-        """True on every rank as soon as any rank was signalled. A collective call."""
-        flag = torch.tensor(self.signal_number or 0, device=current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag)
-        self.signal_number = number or None
-        return number > 0

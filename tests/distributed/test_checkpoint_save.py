@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import resolve_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
-from megatron_ross.checkpoint.sharded import CheckpointError
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.toy_run import with_trainer, write_data

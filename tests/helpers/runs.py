@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ross.checkpoint.loading import load_weights
 from megatron_ross.checkpoint.manifest import Manifest
-from megatron_ross.checkpoint.sharded import load_weights
 from megatron_ross.config.features import sequence_multiple
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.model import RossModelConfig

@@ -12,9 +12,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from safetensors.torch import load_file
 
+from megatron_ross.checkpoint.loading import load_weights
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, resolve_checkpoint, write_latest
 from megatron_ross.checkpoint.model_state import model_sharded_state
-from megatron_ross.checkpoint.sharded import load_weights
 from megatron_ross.config.layout import parse_layout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint

@@ -1,0 +1,65 @@
+"""Which checkpoints of a run stay on disk: the last N, every M-th, and whatever a kept one is based on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_ross.checkpoint.manifest import MANIFEST_NAME, Manifest, iteration_dir
+
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def complete_iterations(root: Path) -> list[int]:
+    """Iterations with a complete checkpoint below `root`, oldest first."""
+    matches = ((path, _NAME.fullmatch(path.name)) for path in root.glob("iter_*"))
+    return sorted(int(match[1]) for path, match in matches if match and (path / MANIFEST_NAME).is_file())
+
+
+def superseded(iterations: list[int], retain_last: int | None, retain_interval: int | None) -> list[int]:
+    """Iterations that may go. Both None: none. The newest always stays.
+
+    Args:
+        iterations: of complete checkpoints, oldest first.
+        retain_last: keep this many of the newest; None counts as 1 where `retain_interval` is set.
+        retain_interval: keep every multiple of this.
+    """
+    if retain_last is None and retain_interval is None:
+        return []
+    newest = set(iterations[-(retain_last or 1) :])
+    return [i for i in iterations if i not in newest and (retain_interval is None or i % retain_interval)]
+
+
+def remove_superseded(root: Path, retain_last: int | None, retain_interval: int | None) -> list[int]:
+    """Delete what `superseded` names, except the bases of trainable-only checkpoints that stay; returns what went.
+
+    Raises:
+        OSError: a folder cannot be removed. ValueError: a manifest cannot be read.
+    """
+    iterations = complete_iterations(root)
+    going = superseded(iterations, retain_last, retain_interval)
+    if not going:
+        return []
+    needed = _bases(root, [i for i in iterations if i not in going])
+    gone = [i for i in going if iteration_dir(root, i).resolve() not in needed]
+    for iteration in gone:
+        directory = iteration_dir(root, iteration)
+        (directory / MANIFEST_NAME).unlink()  # from here on it is no checkpoint, should the rest be interrupted
+        shutil.rmtree(directory)
+    return gone
+
+
+def _bases(root: Path, iterations: list[int]) -> set[Path]:
+    """Folders of all checkpoints that these are based on, directly or through others."""
+    found: set[Path] = set()
+    queue = [iteration_dir(root, i) for i in iterations]
+    while queue:
+        directory = queue.pop()
+        base = Manifest.read(directory).base
+        path = None if base is None else (directory / base).resolve()
+        if path is not None and path not in found:
+            found.add(path)
+            if (path / MANIFEST_NAME).is_file():
+                queue.append(path)
+    return found

@@ -1,0 +1,56 @@
+"""Megatron's rerun state machine: does a wrong result come again when the step is computed again on the same data?
+
+`validate_results` repeats a step whose loss is not finite. A result that does not come again was a transient error of
+the hardware, and the second one is used; one that does is the model's or the data's, and the step is treated as any
+non-finite step. `report_determinism_stats` repeats every step and reports how far the two runs differ.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    get_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
+from torch import Tensor
+
+RerunModeName = Literal["disabled", "validate_results", "report_determinism_stats"]
+FILE_NAME = "rejected_results.jsonl"
+
+
+def start_rerun(mode: RerunModeName, folder: Path | None) -> Rerun | None:
+    """The machine of a run with this `rerun_mode`; rejected results are written down in `folder`."""
+    if mode == "disabled":
+        return None
+    destroy_rerun_state_machine()
+    tracker = None if folder is None else str(folder / FILE_NAME)
+    initialize_rerun_state_machine(mode=RerunMode(mode), result_rejected_tracker_filename=tracker)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.INFO)
+    return Rerun()
+
+
+class Rerun:
+    """Attempts at one step after the other; Megatron keeps the machine as a global, so there is one per process."""
+
+    def attempts(self) -> Iterator[None]:
+        """As often as Megatron wants the step computed; the last attempt counts. A collective iteration."""
+        machine = get_rerun_state_machine()
+        while machine.should_run_forward_backward(None):
+            yield
+        machine.should_checkpoint_and_exit()  # tells the machine that the step is over
+
+    def check(self, losses: Tensor) -> None:
+        """Look at this rank's summed losses [2] of the attempt."""
+        get_rerun_state_machine().validate_result(
+            result=losses.sum(),
+            rejection_func=lambda result: not bool(torch.isfinite(result)),
+            message="loss is not finite",
+            fatal=False,
+        )
