@@ -22,7 +22,7 @@ set -u
 MASTER_PORT=${MASTER_PORT:-29500}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # lets tensor-parallel communication overlap
-# Ranks meet in a store of their own after every restart: torchrun's remembers the ranks of the last attempt.
+# Ranks meet in a new store after every restart: torchrun's own would give them the addresses of the last attempt.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 case $NNODES in *[!0-9]*)
