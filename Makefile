@@ -43,7 +43,7 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
-	@$(BIN)/python $(PYTEST) -m "not slow and not layouts"
+	@$(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults"
 
 test-slow: $(READY) ## the tests that take minutes each
 	@$(BIN)/python $(PYTEST) -m slow
@@ -56,7 +56,7 @@ test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
-	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts"
+	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
 	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json

@@ -8,6 +8,10 @@
 # set `load` to the same folder as `save`. Five minutes before the time is up Slurm sends USR1 here: it is passed on, the
 # trainer saves and exits 0, and the job is queued again. Preemption sends TERM to the ranks, with the same effect, and
 # Slurm requeues the job itself; give the partition a GraceTime longer than a checkpoint takes.
+#
+# Slurm also requeues the job itself when a node fails. When a rank dies on a node that lives, all ranks are ended, and
+# the job is queued again from its last checkpoint, MAX_RETRIES times in its life (counted in RETRIES_FILE): but only if
+# it had run RETRY_AFTER_S seconds, because what fails sooner is a mistake that would fail again.
 
 #SBATCH --job-name=megatron-ross
 #SBATCH --gpus-per-node=8
@@ -42,7 +46,19 @@ while kill -0 "$ranks" 2>/dev/null; do
     code=$?
 done
 
-if [ "$code" -eq 0 ] && [ "$out_of_time" = true ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+retries=${RETRIES_FILE:-slurm-$SLURM_JOB_ID.retries} # a line for each
+if [ "$code" -eq 0 ]; then
+    if [ "$out_of_time" = true ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+elif [ "$SECONDS" -ge "${RETRY_AFTER_S:-600}" ]; then
+    touch "$retries"
+    if [ "$(wc -l <"$retries")" -lt "${MAX_RETRIES:-3}" ]; then
+        echo "$(date): ended with code $code after $SECONDS s; queued again" | tee -a "$retries" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "error: ended with code $code, and $retries counts ${MAX_RETRIES:-3} retries already; find the cause in" \
+            "the log and submit again" >&2
+    fi
 fi
 exit "$code"

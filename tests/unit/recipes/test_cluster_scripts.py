@@ -14,7 +14,7 @@ import pytest
 
 CLUSTER = Path(__file__).resolve().parents[3] / "examples" / "cluster"
 
-# A rank that finishes at once, fails, or trains until USR1 asks it to save.
+# A rank that finishes at once, fails, or trains until USR1 asks it to save; one that starts slowly would die of USR1.
 RANK = """import os, signal, sys, time
 log = open(os.environ["LOG"], "a", buffering=1)
 print("started", os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"], *sys.argv[1:], file=log)
@@ -22,9 +22,12 @@ def save(number, frame):
     time.sleep(0.3)
     print("saved", file=log)
     sys.exit(0)
-signal.signal(signal.SIGUSR1, save)
 behaviour = os.environ["BEHAVIOUR"]
-if behaviour == "train":
+if behaviour == "start slowly":
+    print("starting", file=log)
+    time.sleep(2)
+signal.signal(signal.SIGUSR1, save)
+if behaviour in ("train", "start slowly"):
     print("training", file=log)
     time.sleep(60)
 sys.exit(3 if behaviour == "fail" else 0)
@@ -39,7 +42,8 @@ if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LO
 TORCHRUN = """#!/bin/bash
 script=(); seen=false
 for word in "$@"; do [ "$word" = pretrain_ross.py ] && seen=true; $seen && script+=("$word"); done
-echo "launcher ${@:1:4}" >> "$LOG"
+echo "launcher ${@:1:$(($# - ${#script[@]}))}" >> "$LOG"
+[ "$BEHAVIOUR" = alone ] && exec sleep 60
 RANK=0 WORLD_SIZE=16 python "${script[@]}" &
 wait $!
 """
@@ -65,7 +69,7 @@ class Cluster:
             "SLURM_JOB_NODELIST": "node[7-8]",
             "NNODES": "2",
             "NODE_RANK": "1",
-            "MASTER_ADDR": "node7",
+            "MASTER_ADDR": "127.0.0.1",
         }
 
     def start(self, script: str, behaviour: str) -> subprocess.Popen[str]:
@@ -101,9 +105,18 @@ def test_slurm_queues_again_when_time_is_up(cluster: Cluster) -> None:
     assert cluster.log.read_text().splitlines()[-2:] == ["saved", "scontrol requeue 123456"]
 
 
-def test_slurm_does_not_queue_a_failure_again(cluster: Cluster) -> None:
+def test_slurm_does_not_queue_a_mistake_again(cluster: Cluster) -> None:
+    """It fails at once."""
     assert cluster.start("slurm.sh", "fail").wait(30) == 3
     assert "requeue" not in cluster.log.read_text()
+
+
+def test_slurm_queues_a_late_failure_again_a_bounded_number_of_times(cluster: Cluster) -> None:
+    cluster.env |= {"RETRY_AFTER_S": "0", "MAX_RETRIES": "2"}
+    for expected in (1, 2, 2):
+        assert cluster.start("slurm.sh", "fail").wait(30) == 3
+        assert cluster.log.read_text().count("scontrol requeue 123456") == expected
+    assert len((cluster.folder / "slurm-123456.retries").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -113,13 +126,35 @@ def test_torchrun_script_lets_the_ranks_save(cluster: Cluster, number: signal.Si
     job.send_signal(number)
     assert job.wait(30) == 0
     log = cluster.log.read_text().splitlines()
-    assert log[0] == "launcher --nnodes 2 --node-rank 1"
+    assert log[0].startswith("launcher --nnodes 2 --nproc-per-node 8 --max-restarts 5 --rdzv-backend c10d")
+    assert "--rdzv-endpoint 127.0.0.1:29500 --rdzv-id megatron-ross --rdzv-conf is_host=false," in log[0]
     assert log[-1] == "saved"
+
+
+def test_torchrun_script_asks_a_rank_only_when_it_listens(cluster: Cluster) -> None:
+    job = cluster.start("torchrun.sh", "start slowly")
+    cluster.wait_for("starting")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0
+    assert cluster.log.read_text().count("saved") == 1
+
+
+def test_torchrun_script_ends_while_it_waits_for_other_machines(cluster: Cluster) -> None:
+    job = cluster.start("torchrun.sh", "alone")
+    cluster.wait_for("launcher")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM
 
 
 def test_torchrun_script_passes_failures_on_and_needs_its_variables(cluster: Cluster) -> None:
     assert cluster.start("torchrun.sh", "fail").wait(30) == 3
+    assert "NNODES=1:2: give one number" in refusal(cluster.env | {"NNODES": "1:2"})
     del cluster.env["NODE_RANK"]
-    done = subprocess.run([str(CLUSTER / "torchrun.sh")], env=cluster.env, capture_output=True, text=True)
+    assert "NODE_RANK" in refusal(cluster.env)
+
+
+def refusal(env: dict[str, str]) -> str:
+    """What torchrun.sh says when it does not start."""
+    done = subprocess.run([str(CLUSTER / "torchrun.sh")], env=env, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "NODE_RANK" in done.stderr
+    return done.stderr
