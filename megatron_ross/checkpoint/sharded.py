@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, resolve_checkpoint, write_latest
 from megatron_ross.checkpoint.model_state import load_model_state, model_sharded_state
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from megatron_ross.checkpoint.reader import open_checkpoint, read_index
+from megatron_ross.checkpoint.reader import check_loadable, open_checkpoint, read_index
 from megatron_ross.checkpoint.vae import vae_sharded_state
 from megatron_ross.checkpoint.writer import InProcessSave
 from megatron_ross.models.ross_stage import RossStage
@@ -201,7 +202,8 @@ def load_checkpoint(
 
 
 def _load(request: ShardedStateDict, directory: Path) -> dict[str, Any]:
+    check_loadable(directory)
     try:
         return dist_checkpointing.load(request, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, CheckpointException) as error:
+    except (CheckpointingException, CheckpointException, UnpicklingError) as error:
         raise CheckpointError(f"cannot load checkpoint {directory}: {' '.join(str(error).split())[:600]}") from error

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ross.checkpoint.torch_files import check_torch_file
 from megatron_ross.convert.atomic import create_file
 
 _DTYPES = {
@@ -72,7 +73,7 @@ class SafetensorsFile(WeightFile):
         try:
             with safe_open(path, framework="pt"):
                 pass  # the library checks the header: sizes, overlaps, that the file is as long as it says
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from None
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
@@ -129,6 +130,7 @@ def load_torch_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds anything else than named tensors.
     """
     try:
+        check_torch_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
@@ -139,6 +141,9 @@ def load_torch_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in loaded.items()
     ):
         raise ValueError(f"{path} should hold a flat dict of tensors")
+    for name, tensor in loaded.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} repeats its data to fill the shape {list(tensor.shape)}; refused")
     return loaded
 
 
