@@ -60,7 +60,7 @@ def _source(entry: dict[str, Any], prefix: str) -> DataSource:
     """A checked entry of `blend`. Raises ValueError."""
     for key, value in entry.items():
         if key not in _KEYS:
-            raise ValueError(f"{prefix}{str(key):.80}={shown(value)}: no such key; a source has {', '.join(_KEYS)}")
+            raise ValueError(f"{prefix}{key!s:.80}={shown(value)}: no such key; a source has {', '.join(_KEYS)}")
         if key in ("data_path", "image_folder"):
             if not isinstance(value, str):
                 raise ValueError(f"{prefix}{key}={shown(value)}: must be a path")

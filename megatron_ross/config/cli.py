@@ -46,7 +46,11 @@ def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
         ConfigError: an unknown key, a value of the wrong type, or an unreadable file.
         SystemExit: after --help.
     """
-    return RunConfig.from_flat(parse_flat(build_parser(description), argv))
+    flat = parse_flat(build_parser(description), argv)
+    for field in (field for section in SECTIONS.values() for field in fields(section)):
+        if flat.get(field.name, field) is None and "None" not in str(field.type):
+            raise ConfigError(f"{field.name}=null: must have a value; leave it out for the default")
+    return RunConfig.from_flat(flat)
 
 
 def parse_flat(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

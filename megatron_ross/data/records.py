@@ -21,6 +21,7 @@ from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
 
 ROLES = ("human", "gpt")
+_LONGEST_ID_BITS = 256
 MAX_IMAGE_BYTES = 1 << 29
 """Larger image files are refused before they are read."""
 
@@ -58,6 +59,8 @@ def parse_record(raw: Any, where: str) -> Record:
     record_id = raw.get("id", "")
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         raise RecordError(f"{where}: field 'id' must be a string or an integer, found {type(record_id).__name__}")
+    if isinstance(record_id, int) and record_id.bit_length() > _LONGEST_ID_BITS:
+        raise RecordError(f"{where}: field 'id' is {shown(record_id)}")
     where = f"{where} (id {shown(record_id)})"
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -130,8 +133,8 @@ class ImageRoot:
         Raises:
             ImageError: the path leaves the image root.
         """
-        if "\0" in name:
-            raise ImageError(f"image name {shown(name)} holds a NUL byte")
+        if "\0" in name or not _is_unicode(name):
+            raise ImageError(f"image name {shown(name)} holds a NUL byte or a lone surrogate")
         path = written = posixpath.normpath(posixpath.join(self._real, name))
         if self._file_system is None and not self._allow_symlinks:
             path = os.path.realpath(os.path.join(self._real, name))
