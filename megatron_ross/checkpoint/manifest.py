@@ -94,14 +94,14 @@ class Manifest:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        fields = json.loads(data) if len(data) <= _MAX_BYTES else None
+            size = os.fstat(file.fileno()).st_size
+            fields = json.loads(file.read()) if size <= _MAX_BYTES else None
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes, too many for a manifest")
+    if size > _MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, too many for a manifest")
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a Megatron-Ross manifest: it holds {shown(fields)}")
     return fields

@@ -7,6 +7,7 @@ a partial checkpoint does not hold come from its `base`.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -30,6 +31,7 @@ MODEL_PREFIXES = ("embedding.", "decoder.", "final_layernorm.", "output_layer.",
 """First parts of the keys that belong to the model; everything else (optimizer.*, rng, ...) is not read here."""
 
 _METADATA_NAME = ".metadata"
+_MAX_INDEX_BYTES = 1 << 30
 COMMON_NAME = "common.pt"
 _MAX_CHAIN = 16
 _SAFE_MODULES = {
@@ -77,9 +79,11 @@ def read_index(directory: Path) -> Metadata:
     """
     path = Path(directory) / _METADATA_NAME
     try:
-        with path.open("rb") as file:
-            check_pickle_sizes(file)
-            index = _MetadataUnpickler(file).load()
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many for an index")
+        data = path.read_bytes()
+        check_pickle_sizes(data)
+        index = _MetadataUnpickler(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
     except Exception as error:  # unpickling damaged bytes raises nearly anything

@@ -111,6 +111,9 @@ def _check_vision(vision: VisionConfig) -> None:
     for name, bounds in _VISION.items():
         if name in values:
             _integer(f"vision.hf_config.{name}", values[name], *bounds)
+    for name in ("layer_norm_eps", "attention_dropout"):
+        if name in values:
+            _number(f"vision.hf_config.{name}", values[name], 0, 1)
     for name in ("image_mean", "image_std"):
         channels = getattr(vision, name)
         if len(channels) != 3:
@@ -141,6 +144,9 @@ def _check_vae(vae: VaeConfig) -> None:
     for name, bounds in _VAE.items():
         if name in values:
             _integer(f"vae.hf_config.{name}", values[name], *bounds)
+    for name, low in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
+        if values.get(name) is not None:
+            _number(f"vae.hf_config.{name}", values[name], low, 1e6)
     widths = values.get("block_out_channels", [])
     if not isinstance(widths, list) or len(widths) > _MAX_BLOCKS:
         raise _wrong("vae.hf_config.block_out_channels", widths, f"a list of at most {_MAX_BLOCKS} widths")

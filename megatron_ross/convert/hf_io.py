@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zipfile
 from abc import ABC, abstractmethod
@@ -21,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ross.checkpoint.torch_files import check_torch_file
+from megatron_ross.config.shown import shown
 from megatron_ross.convert.atomic import create_file
+from megatron_ross.convert.checked_fields import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -187,14 +190,14 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 def _indexed_paths(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is not an index of weight files") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{index} names {name!r}, which is not a weight file in its own folder")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing")
+            raise ValueError(f"{index} names {shown(name)}, which is not a weight file in its own folder")
+        if not os.path.isfile(index.parent / name):  # pathlib raises for names that no file can have
+            raise ValueError(f"{index} names {name:.200}, which is missing")
     return [index.parent / name for name in names]
 
 

@@ -6,21 +6,23 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_ross.config.layout import parse_layout
-from tests.helpers.hostile import at_most
+from megatron_ross.config.layout import StageLayout, parse_layout
+from tests.helpers.hostile import at_most, attempt
 
 PIECES = ["V", "E", "t", "N", "D", "H", "|", "*", "(", ")", ",", " ", "0", "2", "9", "t*2", "tt|", ")*2", "x", "²", "٣"]
 
 
+def _layout(text: str, pipeline: int) -> StageLayout:
+    return parse_layout(text, num_layers=4, pipeline_model_parallel_size=pipeline, has_denoiser=True)
+
+
 def _parse(text: str, pipeline: int = 2) -> str | None:
     with at_most(16):
-        try:
-            layout = parse_layout(text, num_layers=4, pipeline_model_parallel_size=pipeline, has_denoiser=True)
-        except ValueError as error:
-            assert type(error) is ValueError
-            assert str(error).startswith("layout=")
-            assert len(str(error)) < 1000
-            return str(error)
+        layout, message = attempt(ValueError, _layout, text, pipeline)
+    if layout is None:
+        assert message.startswith("layout=")
+        assert len(message) < 1000
+        return message
     assert sum(stage.num_layers for stage in layout.stages) == 4
     return None
 

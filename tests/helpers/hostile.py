@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
+
+Result = TypeVar("Result")
 
 ABSURD = [
     -1,
@@ -68,6 +70,17 @@ class Trap:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (self.target,))
+
+
+def attempt(expected: type[Exception], action: Callable[..., Result], *args: Any) -> tuple[Result | None, str]:
+    """What `action` gives, or None and the message of an `expected` error; every other error, a subclass's too, is
+    raised."""
+    try:
+        return action(*args), ""
+    except expected as error:
+        if type(error) is not expected or not str(error).strip():
+            raise
+        return None, str(error)
 
 
 @contextmanager
