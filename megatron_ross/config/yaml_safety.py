@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from yaml.resolver import BaseResolver
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DIGITS = 100
-_INTEGER_TAG = "tag:yaml.org,2002:int"
-_PLAIN_TAGS = "tag:yaml.org,2002:"
-_CODE_TAGS = "tag:yaml.org,2002:python/"
+_PLAIN_TAGS = BaseResolver.DEFAULT_SCALAR_TAG.removesuffix("str")
+_INTEGER_TAG = _PLAIN_TAGS + "int"
+_CODE_TAGS = _PLAIN_TAGS + "python/"
 
 
 def check_yaml_file(path: Path) -> None:

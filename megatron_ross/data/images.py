@@ -44,7 +44,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except ImageError as error:
         raise ImageError(f"image {name!r} {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"image {name!r} is none of {', '.join(_formats())}, or damaged") from error
+        raise ImageError(f"image {name!r} cannot be decoded: none of {', '.join(_formats())}, or damaged") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise ImageError(f"image {name!r} cannot be decoded: {type(error).__name__}: {error}") from error
 

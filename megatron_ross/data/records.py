@@ -117,9 +117,9 @@ class ImageRoot:
         """
         self.folder = os.fspath(folder)
         self._allow_symlinks = allow_symlinks
-        self._file_system, path = _open_url(self.folder) if is_url(self.folder) else (None, self.folder)
-        if isinstance(self._file_system, LocalFileSystem):
-            self._file_system = None  # file:// has symbolic links, too
+        file_system, path = _open_url(self.folder) if is_url(self.folder) else (None, self.folder)
+        # A file:// folder is read like any other local one: it has symbolic links, too.
+        self._file_system: Any = None if isinstance(file_system, LocalFileSystem) else file_system
         self._real = os.path.realpath(path) if self._file_system is None else path
         is_folder = os.path.isdir(self._real) if self._file_system is None else self._file_system.isdir(self._real)
         if not is_folder:
