@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron_ross.checkpoint.checksums import verify_files
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint
 from megatron_ross.checkpoint.model_state import load_model_state
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from megatron_ross.checkpoint.reader import read_index
+from megatron_ross.checkpoint.reader import check_loadable, read_index
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.state import merged_model_state
 from megatron_ross.models.ross_stage import RossStage
@@ -110,8 +111,8 @@ def load_checkpoint(
 
 def _load(request: ShardedStateDict, directory: Path) -> dict[str, Any]:
     try:
-        read_index(directory)  # names a missing or short file, which Megatron does not
+        check_loadable(directory)  # names a missing or short file, which Megatron does not, and refuses code
         return dist_checkpointing.load(request, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, CheckpointException, ValueError) as error:
+    except (CheckpointingException, CheckpointException, UnpicklingError, ValueError) as error:
         reason = " ".join(str(error).split())[:600]
         raise CheckpointError(f"cannot load checkpoint {directory}: {reason}{earlier_checkpoint(directory)}") from error

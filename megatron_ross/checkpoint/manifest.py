@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.config.model import RossModelConfig
+from megatron_ross.config.model_limits import check_model
+from megatron_ross.config.shown import shown
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 ASSETS_NAME = "assets"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
+_MAX_BYTES = 64 << 20
+_MAX_ITERATION = 10**12
+_MAX_LATEST_CHARACTERS = 100
 _RECORDED_PACKAGES = ("megatron-ross", "megatron-core", "torch")
 
 
@@ -63,26 +68,79 @@ class Manifest:
         """Read `iteration_dir/manifest.json`.
 
         Raises:
-            ValueError: the file is missing, is not a manifest, or has a newer format.
+            ValueError: the file is missing, is not a manifest, describes an impossible model, or has a newer format.
         """
         path = Path(iteration_dir) / MANIFEST_NAME
-        try:
-            fields = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        fields = _read_object(path)
         try:
             if fields["format_version"] > FORMAT_VERSION:
                 raise ValueError(
-                    f"{path} has format_version {fields['format_version']}, this version reads up to {FORMAT_VERSION}: "
+                    f"has format_version {shown(fields['format_version'])}, this version reads up to {FORMAT_VERSION}: "
                     "update megatron_ross"
                 )
             fields["model"] = RossModelConfig.from_dict(fields["model"])
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            manifest = cls(**fields)
+            _check_types(manifest)
+            check_model(manifest.model)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a Megatron-Ross manifest: {type(error).__name__} {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return manifest
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            fields = json.loads(file.read()) if size <= _MAX_BYTES else None
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if size > _MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, too many for a manifest")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a Megatron-Ross manifest: it holds {shown(fields)}")
+    return fields
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Types of everything but the model. Raises ValueError."""
+    rules: dict[str, tuple[bool, str]] = {
+        "iteration": (_is_whole(manifest.iteration), "a whole number"),
+        "format_version": (_is_whole(manifest.format_version), "a whole number"),
+        "base": (manifest.base is None or _is_path(manifest.base), "a path or null"),
+        "dtypes": (_is_text_table(manifest.dtypes), "an object of texts"),
+        "files": (_is_text_table(manifest.files) and all(map(_is_inside, manifest.files)), "an object of file names"),
+        "versions": (_is_text_table(manifest.versions), "an object of texts"),
+        "training": (isinstance(manifest.training, dict), "an object"),
+        "sources": (all(map(_is_source, manifest.sources)), "a list of part, name and files"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{name} is {shown(getattr(manifest, name))}, it must be {rule}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_ITERATION
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _is_inside(name: str) -> bool:
+    return _is_path(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _is_text_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_source(source: Source) -> bool:
+    return isinstance(source.part, str) and isinstance(source.name, str) and _is_text_table(source.files)
 
 
 def library_versions() -> dict[str, str]:
@@ -128,9 +186,10 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     latest = path / LATEST_NAME
     if not latest.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has neither {MANIFEST_NAME} nor {LATEST_NAME}")
-    text = latest.read_text().strip()
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{latest} should hold an iteration number, found {text[:40]!r}")
+    with latest.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_MAX_LATEST_CHARACTERS).strip()
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError(f"{latest} should hold an iteration number, found {shown(text, 42)}")
     directory = iteration_dir(path, int(text))
     if not (directory / MANIFEST_NAME).is_file():
         raise ValueError(f"{latest} names iteration {int(text)}, but {directory / MANIFEST_NAME} does not exist")

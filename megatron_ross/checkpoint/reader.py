@@ -7,9 +7,12 @@ a partial checkpoint does not hold come from its `base`.
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import pickle
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.pickle_sizes import check_pickle_sizes
+from megatron_ross.checkpoint.torch_files import check_torch_file
+from megatron_ross.config.shown import shown
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "final_layernorm.", "output_layer.", "vision.", "denoiser.", "vae.")
 """First parts of the keys that belong to the model; everything else (optimizer.*, rng, ...) is not read here."""
 
 _METADATA_NAME = ".metadata"
+_MAX_INDEX_BYTES = 1 << 30
+COMMON_NAME = "common.pt"
 _MAX_CHAIN = 16
 _SAFE_MODULES = {
     "torch.distributed.checkpoint.metadata",
@@ -71,15 +79,22 @@ def read_index(directory: Path) -> Metadata:
     """
     path = Path(directory) / _METADATA_NAME
     try:
-        with path.open("rb") as file:
-            index = _MetadataUnpickler(file).load()
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many for an index")
+        data = path.read_bytes()
+        check_pickle_sizes(data)
+        index = _MetadataUnpickler(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise ValueError(f"{path} is not a readable checkpoint index: {type(error).__name__}: {error}") from None
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise ValueError(f"{path} is not an index of a distributed checkpoint")
-    _check_files(Path(directory), index)
+    try:
+        _check_files(Path(directory), index)
+        _check_claims(path, index)
+    except (AttributeError, TypeError, KeyError) as error:  # an index of other things than it should hold
+        raise ValueError(f"{path} is not an index of a distributed checkpoint: {error}") from None
     return index
 
 
@@ -95,6 +110,35 @@ def _check_files(directory: Path, index: Metadata) -> None:
             raise ValueError(f"{path} is missing: the checkpoint is incomplete")
         if path.stat().st_size < size:
             raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes, the index needs {size}")
+
+
+def _check_claims(path: Path, index: Metadata) -> None:
+    """No tensor claims more bytes than its chunks have in the files; whoever reads it allocates what it claims."""
+    stored: Counter[str] = Counter()
+    for place, info in index.storage_data.items():
+        stored[place.fqn] += info.length
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if not all(isinstance(size, int) and size >= 0 for size in entry.size):
+            raise ValueError(f"{path}: {shown(key)} has the impossible shape {shown(tuple(entry.size))}")
+        claimed = math.prod(entry.size) * entry.properties.dtype.itemsize
+        if claimed > stored[key]:
+            raise ValueError(f"{path}: {shown(key)} claims {shown(claimed)} bytes, its chunks hold {stored[key]}")
+
+
+def check_loadable(directory: Path) -> None:
+    """A checkpoint may be given to Megatron's loader, which unpickles the index and every object in it freely.
+
+    Ours hold tensors, and beside them `common.pt`, which is loaded with `weights_only`.
+
+    Raises:
+        ValueError: as `read_index`; the checkpoint holds a pickled object; or `common.pt` is not what it should be.
+    """
+    for key, entry in read_index(directory).state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{directory}: {shown(key)} is not a tensor but a pickled object, which is not loaded")
+    check_torch_file(Path(directory) / COMMON_NAME)
 
 
 class _Storage(dcp.FileSystemReader):

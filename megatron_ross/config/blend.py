@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_ross.config.schema import DataConfig
+from megatron_ross.config.shown import shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DataSource:
     epochs: float | None = None
 
 
+MAX_SHARES = {"weight": 1e12, "epochs": 1e6}
 _KEYS = tuple(f.name for f in fields(DataSource) if f.name != "prefix")
 
 
@@ -58,12 +60,16 @@ def _source(entry: dict[str, Any], prefix: str) -> DataSource:
     """A checked entry of `blend`. Raises ValueError."""
     for key, value in entry.items():
         if key not in _KEYS:
-            raise ValueError(f"{prefix}{key}={value!r}: no such key; a source has {', '.join(_KEYS)}")
+            raise ValueError(f"{prefix}{key!s:.80}={shown(value)}: no such key; a source has {', '.join(_KEYS)}")
         if key in ("data_path", "image_folder"):
             if not isinstance(value, str):
-                raise ValueError(f"{prefix}{key}={value!r}: must be a path")
+                raise ValueError(f"{prefix}{key}={shown(value)}: must be a path")
         elif not _is_share(value):
-            raise ValueError(f"{prefix}{key}={value!r}: must be a number, and not negative")
+            raise ValueError(f"{prefix}{key}={shown(value)}: must be a number, and not negative")
+        elif value > MAX_SHARES[key]:
+            raise ValueError(
+                f"{prefix}{key}={shown(value)}: must be at most {MAX_SHARES[key]:g}, because an epoch would have no end"
+            )
     if not entry.get("data_path"):
         raise ValueError(f"{prefix}data_path={entry.get('data_path', '')!r}: name the source's JSON, JSONL or tar file")
     given = [key for key in ("weight", "epochs") if key in entry]
@@ -74,7 +80,7 @@ def _source(entry: dict[str, Any], prefix: str) -> DataSource:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _check_shares(sources: list[DataSource]) -> None:

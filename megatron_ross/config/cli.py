@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,6 +20,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_ross.config.schema import SECTIONS, RunConfig
+from megatron_ross.config.shown import shown
+from megatron_ross.config.yaml_safety import check_yaml_file
+
+_LONGEST_MESSAGE = 1000
 
 
 class ConfigError(ValueError):
@@ -41,22 +46,38 @@ def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
         ConfigError: an unknown key, a value of the wrong type, or an unreadable file.
         SystemExit: after --help.
     """
-    return RunConfig.from_flat(parse_flat(build_parser(description), argv))
+    flat = parse_flat(build_parser(description), argv)
+    for field in (field for section in SECTIONS.values() for field in fields(section)):
+        if flat.get(field.name, field) is None and "None" not in str(field.type):
+            raise ConfigError(f"{field.name}=null: must have a value; leave it out for the default")
+    return RunConfig.from_flat(flat)
 
 
 def parse_flat(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """All settings of `parser` by name, from YAML files and flags. Raises as `parse_run_config`."""
     captured = io.StringIO()
+    args = _normalise(argv)
     try:
+        for path in _config_files(args):
+            check_yaml_file(path)
         with contextlib.redirect_stderr(captured):
-            namespace = parser.parse_args(_normalise(argv))
-    except ArgumentError as error:
+            namespace = parser.parse_args(args)
+    except RecursionError:
+        raise ConfigError("a setting is nested too deeply; every setting is a plain value or a list of them") from None
+    except (ArgumentError, ValueError) as error:
         raise ConfigError(_one_line(str(error))) from None
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
     flat = namespace.as_dict()
     flat.pop("config", None)
     return flat
+
+
+def _config_files(args: Sequence[str]) -> list[Path]:
+    """Existing files that `--config` names; what is no file is left to the parser."""
+    named = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
+    named += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [Path(name) for name in named if os.path.isfile(name)]
 
 
 def _normalise(argv: Sequence[str]) -> list[str]:
@@ -78,8 +99,8 @@ def _one_line(message: str) -> str:
         return f"{(unknown[1] or unknown[2]).lstrip('-')}: no such setting; --help lists them all"
     if wrong := re.search(r'Parser key "(\w+)": Expected an? (.+?)\.? Got value: (.+)', message):
         kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", wrong[2])
-        return f"{wrong[1]}={wrong[3]!r}: must be {kind}"
-    return message
+        return f"{wrong[1]}={shown(wrong[3])}: must be {kind}"
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
 
 
 def write_resolved(run: RunConfig, path: Path) -> None:

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from megatron_ross.config.shown import shown
+
 _ORDER = "VEtNDH"
+_MAX_LETTERS = 8192
+_TOO_LONG = f"stands for more than {_MAX_LETTERS} letters, and no model has so many layers; write fewer"
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,24 @@ class StageLayout:
 
 
 def _expand(text: str) -> str:
-    text = re.sub(r"[\s,]", "", text)
+    """The layout with every `*` carried out. Raises ValueError: longer than _MAX_LETTERS."""
+    text = _bounded(re.sub(r"[\s,]", "", text))
     group = re.compile(r"\(([^()]*)\)\*(\d+)")
     while match := group.search(text):
-        text = text[: match.start()] + match[1] * int(match[2]) + text[match.end() :]
-    text = re.sub(r"([A-Za-z])\*(\d+)", lambda m: m[1] * int(m[2]), text)
+        text = _bounded(text[: match.start()] + _repeated(match) + text[match.end() :])
+    return _bounded(re.sub(r"([A-Za-z])\*(\d+)", _repeated, text))
+
+
+def _repeated(match: re.Match[str]) -> str:
+    piece, count = match.groups()
+    if len(count) > len(str(_MAX_LETTERS)) or len(piece) * int(count) > _MAX_LETTERS:
+        raise ValueError(_TOO_LONG)
+    return piece * int(count)
+
+
+def _bounded(text: str) -> str:
+    if len(text) > _MAX_LETTERS:
+        raise ValueError(_TOO_LONG)
     return text
 
 
@@ -103,11 +120,14 @@ def parse_layout(
     """
 
     def refuse(rule: str) -> ValueError:
-        return ValueError(f"layout={text!r}: {rule}")
+        return ValueError(f"layout={shown(text, 300)}: {rule}")
 
-    expanded = _expand(text)
+    try:
+        expanded = _expand(text)
+    except ValueError as error:
+        raise refuse(str(error)) from None
     if unknown := set(expanded) - set(_ORDER + "|"):
-        raise refuse(f"unknown letter(s) {''.join(sorted(unknown))}; use V E t N D H, `|`, `*` and parentheses")
+        raise refuse(f"unknown letter(s) {''.join(sorted(unknown)):.40}; use V E t N D H, `|`, `*` and parentheses")
     rows = expanded.split("|")
     pp = pipeline_model_parallel_size
     if len(rows) % pp:

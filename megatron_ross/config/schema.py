@@ -142,6 +142,9 @@ class DataConfig:
     """LLaVA-format JSON or JSONL, or WebDataset tars ("shards/{000000..000099}.tar"); local, or a URL of fsspec."""
     image_folder: str = ""
     """Where the image names of a JSON file start."""
+    allow_image_symlinks: bool = False
+    """Follow symbolic links out of image_folder, for data sets that are linked in from other disks. For records you
+    trust: a name then reaches whatever a link in image_folder points to. It still cannot leave the folder by `..`."""
     blend: list[dict[str, Any]] = field(default_factory=list)
     """Several sources instead of data_path: a list of {data_path, image_folder, weight or epochs}; see docs/data.md."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] = "qwen_2"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from megatron_ross.config.blend import DataSource, data_sources
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.features import check_fp8_sizes
 from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
+from megatron_ross.config.limits import check_limits
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.paths import expand_braces, is_url
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.shown import shown
 
 
 def validate_run(run: RunConfig, world_size: int) -> None:
@@ -19,37 +21,15 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    _check_sizes(run)
+    check_limits(run)
+    _check_shares(run)
     _check_world(run, world_size)
     _check_paths(run)
     _check_packing(run)
     _check_schedule(run)
 
 
-def _check_sizes(run: RunConfig) -> None:
-    positive = {
-        "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": run.parallel.pipeline_model_parallel_size,
-        "micro_batch_size": run.data.micro_batch_size,
-        "global_batch_size": run.data.global_batch_size,
-        "seq_length": run.data.seq_length,
-        "packing_lookahead": run.data.packing_lookahead,
-        "num_workers": run.data.num_workers,
-        "num_noise_draws": run.loss.num_noise_draws,
-        "lm_head_chunk_tokens": run.compute.lm_head_chunk_tokens,
-        "log_interval": run.training.log_interval,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
-    not_negative = {
-        "lr": run.optimizer.lr,
-        "recon_loss_weight": run.loss.recon_loss_weight,
-        "num_prefetch_steps": run.data.num_prefetch_steps,
-    }
-    for name, number in not_negative.items():
-        if not number >= 0:
-            raise ConfigError(f"{name}={number}: must not be negative")
+def _check_shares(run: RunConfig) -> None:
     shares = {"max_bad_sample_share": run.data.max_bad_sample_share, "max_mismatch_share": run.data.max_mismatch_share}
     for name, share in shares.items():
         if not 0 <= share <= 1:
@@ -96,13 +76,17 @@ def _check_paths(run: RunConfig) -> None:
 
 def _check_source(source: DataSource) -> None:
     """Its local files exist; what a URL names is found out when it is opened."""
-    for path in expand_braces(source.data_path):
-        if not is_url(path) and not Path(path).is_file():
-            raise ConfigError(f"{source.prefix}data_path={path!r}: no such file")
+    try:
+        paths = expand_braces(source.data_path)
+    except ValueError as error:
+        raise ConfigError(f"{source.prefix}data_path={shown(source.data_path)}: {error}") from None
+    for path in paths:
+        if not is_url(path) and not os.path.isfile(path):  # pathlib raises for names that no file can have
+            raise ConfigError(f"{source.prefix}data_path={shown(path, 300)}: no such file")
     folder = source.image_folder
-    if folder and not is_url(folder) and not Path(folder).is_dir():
+    if folder and not is_url(folder) and not os.path.isdir(folder):
         raise ConfigError(
-            f"{source.prefix}image_folder={folder!r}: no such folder; give the root of the image paths in "
+            f"{source.prefix}image_folder={shown(folder, 300)}: no such folder; give the root of the image paths in "
             f"{source.prefix}data_path"
         )
 
@@ -117,10 +101,6 @@ def _check_schedule(run: RunConfig) -> None:
         )
     if training.save_interval is not None and not training.save:
         raise ConfigError(f"save_interval={training.save_interval}: needs save, the run folder to write checkpoints to")
-    for name in ("save_retain_last", "save_retain_interval"):
-        value = getattr(training, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1; leave it out to keep every checkpoint")
     limit, grace = training.hang_timeout_minutes, training.preemption_grace_seconds
     if limit < 0 or (limit and 60 * limit < grace):
         raise ConfigError(

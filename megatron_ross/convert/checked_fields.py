@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_WIDTH = 131072
-MAX_LAYERS = 1024
-MAX_VOCABULARY = 4_000_000
+from megatron_ross.config.shown import shown
+
 _MAX_JSON_BYTES = 64 << 20
 _REQUIRED: Any = object()
 
@@ -24,13 +23,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, absurdly large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a config")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= _MAX_JSON_BYTES else None
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: nested too deeply") from None
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, too many for a config")
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return value
@@ -100,5 +102,4 @@ class Fields:
         return value
 
     def _error(self, name: str, value: Any, rule: str) -> ValueError:
-        shown = repr(value)
-        return ValueError(f"{self.where}: {name} is {shown[:80]}, it must be {rule}")
+        return ValueError(f"{self.where}: {name} is {shown(value)}, it must be {rule}")

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.config.model import LanguageModelConfig, VaeConfig, VisionConfig
-from megatron_ross.convert.checked_fields import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, Fields, read_json
+from megatron_ross.config.model_limits import (
+    MAX_HEAD_WIDTH,
+    MAX_HEADS,
+    MAX_IMAGE_SIZE,
+    MAX_LAYERS,
+    MAX_PATCH_SIZE,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    check_rope_scaling,
+)
+from megatron_ross.config.shown import shown
+from megatron_ross.convert.checked_fields import Fields, read_json
 
 LANGUAGE_FAMILIES = {"qwen2": "qwen2", "llama": "llama", "ross_qwen2": "qwen2", "ross_llama": "llama"}
 """`model_type` -> family."""
@@ -66,7 +78,7 @@ def language_config(values: dict[str, Any], where: str) -> LanguageModelConfig:
     for unsupported in ("attention_bias", "mlp_bias", "use_sliding_window"):
         fields.choice(unsupported, (False,), False)
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
-    heads = fields.integer("num_attention_heads", 1, 4096)
+    heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
     groups = fields.integer("num_key_value_heads", 1, heads, heads)
     if heads % groups or (not fields.has("head_dim") and hidden % heads):
         raise ValueError(f"{where}: {heads} heads do not fit {groups} key/value heads and hidden_size {hidden}")
@@ -78,9 +90,9 @@ def language_config(values: dict[str, Any], where: str) -> LanguageModelConfig:
         ffn_hidden_size=fields.integer("intermediate_size", 1, 8 * MAX_WIDTH),
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=fields.integer("head_dim", 1, 4096, hidden // heads),
+        kv_channels=fields.integer("head_dim", 1, MAX_HEAD_WIDTH, hidden // heads),
         vocab_size=fields.integer("vocab_size", 1, MAX_VOCABULARY),
-        max_position_embeddings=fields.integer("max_position_embeddings", 1, 1 << 30),
+        max_position_embeddings=fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
         rotary_base=rotary_base,
         layernorm_epsilon=fields.number("rms_norm_eps", 0, 1),
         add_qkv_bias=family == "qwen2",
@@ -100,7 +112,10 @@ def _rope(fields: Fields) -> tuple[float, dict[str, Any] | None]:
     kind = scaling.pop("type", None)
     scaling.setdefault("rope_type", kind or "default")
     Fields(scaling, f"{fields.where}, {name}").choice("rope_type", _ROPE_TYPES)
-    return base, None if scaling["rope_type"] == "default" else scaling
+    if scaling["rope_type"] == "default":
+        return base, None
+    check_rope_scaling(f"{fields.where}, {name}", scaling)
+    return base, scaling
 
 
 def vision_config(
@@ -126,7 +141,7 @@ def vision_config(
     checked = Fields(hf, fields.where)
     for name, high in (("hidden_size", MAX_WIDTH), ("intermediate_size", MAX_WIDTH), ("num_hidden_layers", MAX_LAYERS)):
         checked.integer(name, 1, high)
-    image, patch = checked.integer("image_size", 1, 8192), checked.integer("patch_size", 1, 512)
+    image, patch = checked.integer("image_size", 1, MAX_IMAGE_SIZE), checked.integer("patch_size", 1, MAX_PATCH_SIZE)
     heads = checked.integer("num_attention_heads", 1, 1024)
     checked.choice("num_channels", (3,))
     checked.choice("hidden_act", ("gelu_pytorch_tanh", "quick_gelu", "gelu"))
@@ -170,7 +185,7 @@ def vae_config(values: dict[str, Any], where: str) -> VaeConfig:
     fields.choice("_class_name", ("AutoencoderKL",))
     widths = fields.values.get("block_out_channels")
     if not isinstance(widths, list) or not 1 <= len(widths) <= 16:
-        raise ValueError(f"{where}: block_out_channels is {str(widths)[:80]}, it must be a list of widths")
+        raise ValueError(f"{where}: block_out_channels is {shown(widths)}, it must be a list of widths")
     blocks = Fields({str(index): width for index, width in enumerate(widths)}, f"{where}, block_out_channels")
     for index in range(len(widths)):
         blocks.integer(str(index), 1, 16384)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.config.model import DenoiserConfig, ProjectorConfig, RossModelConfig, VaeConfig, VisionConfig
-from megatron_ross.convert.checked_fields import MAX_WIDTH, Fields, read_json
+from megatron_ross.config.model_limits import MAX_WIDTH
+from megatron_ross.config.shown import shown
+from megatron_ross.convert.checked_fields import Fields, read_json
 from megatron_ross.convert.component_config import image_statistics, language_config, vae_config, vision_config
 from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.convert.known_components import FLUX_VAE, KNOWN_TOWERS
@@ -96,7 +98,7 @@ def denoiser_config(type_name: str, width: int | None = None) -> DenoiserConfig:
     """
     match = re.fullmatch(r"denoiser_vit([1-9]\d?)x", type_name)
     if match is None:
-        raise ValueError(f"denoiser type {type_name!r} is unknown: use denoiser_vitNx, N = 1..99")
+        raise ValueError(f"denoiser type {shown(type_name)} is unknown: use denoiser_vitNx, N = 1..99")
     depth = int(match[1])
     config = DenoiserConfig(depth=depth, width=width or DEFAULT_WIDTHS.get(depth, 1024))
     if config.width % config.num_heads or not 0 < config.width <= MAX_WIDTH:
@@ -145,7 +147,10 @@ def _denoiser(fields: Fields, checkpoint_dir: Path) -> DenoiserConfig:
         tensors = WeightFolder(checkpoint_dir).tensors
         table = tensors.get(ROSS_PREFIXES["denoiser"] + "pos_embed")
         width = table.shape[-1] if table is not None else None
-    return denoiser_config(fields.text("mm_inv_projector_type"), width)
+    try:
+        return denoiser_config(fields.text("mm_inv_projector_type"), width)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}") from None
 
 
 def _auto_encoder(fields: Fields, checkpoint_dir: Path, vae_dir: Path | None) -> VaeConfig:

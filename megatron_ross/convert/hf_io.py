@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zipfile
 from abc import ABC, abstractmethod
@@ -20,7 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ross.checkpoint.torch_files import check_torch_file
+from megatron_ross.config.shown import shown
 from megatron_ross.convert.atomic import create_file
+from megatron_ross.convert.checked_fields import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -72,7 +76,7 @@ class SafetensorsFile(WeightFile):
         try:
             with safe_open(path, framework="pt"):
                 pass  # the library checks the header: sizes, overlaps, that the file is as long as it says
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from None
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
@@ -129,6 +133,7 @@ def load_torch_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds anything else than named tensors.
     """
     try:
+        check_torch_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
@@ -139,6 +144,9 @@ def load_torch_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in loaded.items()
     ):
         raise ValueError(f"{path} should hold a flat dict of tensors")
+    for name, tensor in loaded.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} repeats its data to fill the shape {list(tensor.shape)}; refused")
     return loaded
 
 
@@ -182,14 +190,14 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 def _indexed_paths(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is not an index of weight files") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{index} names {name!r}, which is not a weight file in its own folder")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing")
+            raise ValueError(f"{index} names {shown(name)}, which is not a weight file in its own folder")
+        if not os.path.isfile(index.parent / name):  # pathlib raises for names that no file can have
+            raise ValueError(f"{index} names {name:.200}, which is missing")
     return [index.parent / name for name in names]
 
 

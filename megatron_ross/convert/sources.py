@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import list_repo_files, snapshot_download
 
+from megatron_ross.config.shown import shown
 from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.hf_io import WEIGHT_NAMES
 
@@ -119,7 +120,7 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     highest = _highest_token_id(directory)
     if highest >= vocab_size:
         raise ValueError(
-            f"{directory}: the tokenizer's largest id is {highest}, but vocab_size is {vocab_size}: "
+            f"{directory}: the tokenizer's largest id is {shown(highest)}, but vocab_size is {vocab_size}: "
             "this tokenizer belongs to another model"
         )
 
@@ -142,11 +143,13 @@ def _ids(content: dict, name: str) -> list[int]:
         if name == "tokenizer.json":
             vocabulary = content["model"]["vocab"]
             ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-            return ids + [token["id"] for token in content.get("added_tokens", [])]
-        if name == "tokenizer_config.json":
-            return [int(key) for key in content.get("added_tokens_decoder", {})]
-        return [int(value) for value in content.values()]
-    except (KeyError, TypeError, ValueError) as error:
+            ids += [token["id"] for token in content.get("added_tokens", [])]
+        elif name == "tokenizer_config.json":
+            ids = list(content.get("added_tokens_decoder", {}))
+        else:
+            ids = list(content.values())
+        return [int(value) for value in ids]
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ValueError(f"{name} is not a tokenizer file: {type(error).__name__} {error}") from None
 
 

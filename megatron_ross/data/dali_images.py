@@ -211,7 +211,7 @@ def _read(span: ImageSpan) -> bytes | None:
 def plan_geometry(data: bytes, processor: ImageProcessor) -> _Geometry | None:
     """What to do with an image file, from its header alone; None sends it to Pillow."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(_FILE_ENDS)) as image:
             width, height = image.size
             kind, mode = image.format or "", image.mode
     except Exception:  # whatever is wrong, Pillow's path raises it again and names the file

@@ -52,6 +52,7 @@ class RossDataset:
         max_length: int,
         reference: bool = False,
         cache_folder: Path | None = None,
+        allow_image_symlinks: bool = False,
     ):
         """
         Args:
@@ -63,6 +64,7 @@ class RossDataset:
             max_length: longer samples are cut; never inside an image, the cut then moves before it.
             reference: exactly the published ids and labels (literal padding tokens are removed, too).
             cache_folder: for indices of large files; None takes `index.default_cache_folder()`.
+            allow_image_symlinks: follow symbolic links out of `image_root`.
 
         Raises:
             ValueError: a file or the image folder is missing or unreadable, or a setting is impossible.
@@ -72,7 +74,7 @@ class RossDataset:
         if max_length < 1 or num_image_tokens < 1:
             raise ValueError(f"max_length ({max_length}) and num_image_tokens ({num_image_tokens}) must be positive")
         self._image_root = image_root
-        self._sources = open_sources(json_path, image_root, cache_folder)
+        self._sources = open_sources(json_path, image_root, cache_folder, allow_image_symlinks)
         self._ends = list(itertools.accumulate(len(source) for source in self._sources))
         self._tokenizer = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer(tokenizer)
         self._template = template

@@ -7,12 +7,13 @@ uint8; pixels are then (value / 255 - mean) / std.
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_ross.config.model import VisionConfig
@@ -20,6 +21,9 @@ from megatron_ross.data.errors import ImageError
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused (Pillow's own limit for a decompression bomb)."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
+"""What photographs and drawings come in. Pillow knows more; some start programs (EPS), or hold files in files (ICO)."""
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -29,18 +33,27 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         name: file name for messages.
 
     Raises:
-        ImageError: not an image, truncated, or larger than MAX_PIXELS.
+        ImageError: not an image of FORMATS, truncated, or larger than MAX_PIXELS.
     """
     if not data:
         raise ImageError(f"image {name!r} is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(*image.size)
         return image.convert("RGB")
     except ImageError as error:
         raise ImageError(f"image {name!r} {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"image {name!r} cannot be decoded: none of {', '.join(_formats())}, or damaged") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise ImageError(f"image {name!r} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_size(width: int, height: int) -> None:

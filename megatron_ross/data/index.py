@@ -138,7 +138,7 @@ def _line_ranges(file: IO[bytes], path: Path) -> Iterator[tuple[int, int]]:
         if line.strip():
             try:
                 json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
             yield begin, begin + len(line)
         begin += len(line)
@@ -164,6 +164,8 @@ def _array_ranges(file: IO[bytes], path: Path) -> Iterator[tuple[int, int]]:
             raise ValueError(
                 f"{path} is not valid JSON: record {count} at byte {begin}: {error.msg}; {hint}"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand levels
+            raise ValueError(f"{path}: record {count} at byte {begin} cannot be read: {error}") from error
         count += 1
         yield begin, pieces.byte
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from megatron_ross.config.paths import is_url
+from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
 
 ROLES = ("human", "gpt")
+_LONGEST_ID_BITS = 256
+MAX_IMAGE_BYTES = 1 << 29
+"""Larger image files are refused before they are read."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ def parse_record(raw: Any, where: str) -> Record:
     record_id = raw.get("id", "")
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         raise RecordError(f"{where}: field 'id' must be a string or an integer, found {type(record_id).__name__}")
-    where = f"{where} (id {record_id!r})"
+    if isinstance(record_id, int) and record_id.bit_length() > _LONGEST_ID_BITS:
+        raise RecordError(f"{where}: field 'id' is {shown(record_id)}")
+    where = f"{where} (id {shown(record_id)})"
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"{where}: field 'conversations' must be a non-empty list")
@@ -70,7 +77,7 @@ def _parse_images(value: Any, where: str) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [] if value in (None, "") else [value]
     for name in names:
         if not isinstance(name, str) or not name or not _is_unicode(name):
-            raise RecordError(f"{where}: field 'image' must be a file name or a list of them, found {name!r:.80}")
+            raise RecordError(f"{where}: field 'image' must be a file name or a list of them, found {shown(name)}")
     return tuple(names)
 
 
@@ -79,7 +86,7 @@ def _parse_turn(turn: Any, where: str) -> Turn:
         raise RecordError(f"{where} must be an object, found {type(turn).__name__}")
     role, text = turn.get("from"), turn.get("value")
     if role not in ROLES:
-        raise RecordError(f"{where}: field 'from' must be 'human' or 'gpt', found {role!r:.80}")
+        raise RecordError(f"{where}: field 'from' must be 'human' or 'gpt', found {shown(role)}")
     if not isinstance(text, str):
         raise RecordError(f"{where}: field 'value' must be a string, found {type(text).__name__}")
     if not _is_unicode(text):
@@ -99,16 +106,21 @@ def _is_unicode(text: str) -> bool:
 class ImageRoot:
     """Reads image files of records below one folder (or URL prefix), and nowhere else."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], allow_symlinks: bool = False):
         """
+        Args:
+            folder: may itself be a symbolic link.
+            allow_symlinks: follow symbolic links out of `folder`; a name can still not leave it by itself.
+
         Raises:
             ValueError: `folder` is not a folder.
         """
         self.folder = os.fspath(folder)
-        if is_url(self.folder):
-            self._file_system, self._real = _open_url(self.folder)
-        else:
-            self._file_system, self._real = None, os.path.realpath(self.folder)
+        self._allow_symlinks = allow_symlinks
+        file_system, path = _open_url(self.folder) if is_url(self.folder) else (None, self.folder)
+        # A file:// folder is read like any other local one: it has symbolic links, too.
+        self._file_system: Any = None if isinstance(file_system, LocalFileSystem) else file_system
+        self._real = os.path.realpath(path) if self._file_system is None else path
         is_folder = os.path.isdir(self._real) if self._file_system is None else self._file_system.isdir(self._real)
         if not is_folder:
             raise ValueError(
@@ -116,36 +128,56 @@ class ImageRoot:
             )
 
     def resolve(self, name: str) -> str:
-        """The real path of image `name`; symbolic links are followed first, then the place is checked.
+        """The path of image `name`; unless they are allowed, symbolic links are followed before the place is checked.
 
         Raises:
             ImageError: the path leaves the image root.
         """
-        if "\0" in name:
-            raise ImageError(f"image name {name!r} holds a NUL byte")
-        if self._file_system is None:
+        if "\0" in name or not _is_unicode(name):
+            raise ImageError(f"image name {shown(name)} holds a NUL byte or a lone surrogate")
+        path = written = posixpath.normpath(posixpath.join(self._real, name))
+        if self._file_system is None and not self._allow_symlinks:
             path = os.path.realpath(os.path.join(self._real, name))
-        else:
-            path = posixpath.normpath(posixpath.join(self._real, name))
-        if not path.startswith(self._real.rstrip("/") + "/"):
-            raise ImageError(f"image {name!r} lies outside the image root {self.folder}; refused")
+        if not self._is_inside(path):
+            why = " behind a symbolic link (allow_image_symlinks follows them)" if self._is_inside(written) else ""
+            raise ImageError(f"image {shown(name)} lies outside the image root {self.folder}{why}; refused")
         return path
+
+    def _is_inside(self, path: str) -> bool:
+        return path.startswith(self._real.rstrip("/") + "/")
 
     def read(self, name: str) -> bytes:
         """The bytes of image `name`.
 
         Raises:
-            ImageError: the path leaves the image root, or the file cannot be read.
+            ImageError: the path leaves the image root, or the file is too large or cannot be read.
         """
         path = self.resolve(name)
         try:
-            if self._file_system is not None:
-                return self._file_system.cat_file(path)
-            return Path(path).read_bytes()
+            if self._file_system is None:
+                return _read_regular_file(path)
+            data = self._file_system.cat_file(path, start=0, end=MAX_IMAGE_BYTES + 1)
+            _check_size(len(data))
+            return data
         except FileNotFoundError as error:
-            raise ImageError(f"image {name!r} not found in {self.folder}") from error
-        except (OSError, ValueError) as error:
-            raise ImageError(f"image {name!r} cannot be read: {error}") from error
+            raise ImageError(f"image {shown(name)} not found in {self.folder}") from error
+        except (OSError, ValueError) as error:  # an ImageError is a ValueError: the file is none, or too large
+            raise ImageError(f"image {shown(name)} cannot be read: {error}") from error
+
+
+def _read_regular_file(path: str) -> bytes:
+    """Neither a pipe, which may never end, nor a device. Raises OSError, ImageError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("it is no regular file")
+        _check_size(status.st_size)
+        return file.read()
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_IMAGE_BYTES:
+        raise ImageError(f"it has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
 
 
 def _open_url(url: str) -> tuple[Any, str]:

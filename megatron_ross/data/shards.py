@@ -17,16 +17,19 @@ import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
 
 from megatron_ross.config.paths import is_url
 from megatron_ross.data.errors import ImageError, RecordError
+from megatron_ross.data.header_reader import HeaderReader
 from megatron_ross.data.index import default_cache_folder, locked, write_atomically
+from megatron_ross.data.records import MAX_IMAGE_BYTES
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
+_MOST_DIGITS = 18
 IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "img"}
 
 
@@ -45,7 +48,7 @@ class ShardFile:
             stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))}"
             self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
             self._index = self._load_or_build((cache_folder or default_cache_folder()) / "shards")
-        except (OSError, ImportError, tarfile.TarError) as error:
+        except (OSError, ImportError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the shard {self.path}: {error}") from error
         if not len(self):
             raise ValueError(f"the shard {self.path} holds no sample with a .json or .txt file")
@@ -62,7 +65,7 @@ class ShardFile:
         images = [f"{number}.img" for number in range(len(self._image_rows(index)))]
         try:
             record = {"conversations": caption_turns(data.decode())} if is_text else json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{self.path}[{index}]: not valid JSON or UTF-8 ({error})") from error
         return record | {"image": images} if isinstance(record, dict) and images else record
 
@@ -70,6 +73,8 @@ class ShardFile:
         """Raises ImageError."""
         try:
             begin, size = self._image_rows(index)[number]
+            if size > MAX_IMAGE_BYTES:
+                raise OSError(f"it has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             return self._read(int(begin), int(size))
         except OSError as error:
             raise ImageError(f"image {number} of {self.path}[{index}] cannot be read: {error}") from error
@@ -110,7 +115,7 @@ class ShardFile:
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 with self._file_system.open(self._real, "rb") as file:
-                    write_atomically(path, _build(file))
+                    write_atomically(path, _build(HeaderReader(file, self._file_system.size(self._real))))
         return np.load(path, mmap_mode="r")
 
 
@@ -119,7 +124,7 @@ def caption_turns(text: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.strip()}]
 
 
-def _build(file: IO[bytes]) -> np.ndarray:
+def _build(file: HeaderReader) -> np.ndarray:
     records: list[tuple[int, int, int, int]] = []
     images: list[tuple[int, int, int, int]] = []
     for members in _samples(file):
@@ -134,17 +139,18 @@ def _build(file: IO[bytes]) -> np.ndarray:
 def _image_number(kind: str) -> tuple[int, str]:
     """Sorts "2.jpg" before "10.jpg"."""
     number = kind.split(".")[0]
-    return (int(number) if number.isdigit() else 0, kind)
+    return (int(number) if number.isdecimal() and len(number) <= _MOST_DIGITS else 0, kind)
 
 
-def _samples(file: IO[bytes]) -> Iterator[dict[str, tuple[int, int]]]:
-    """Per sample: kind of file (lower case) -> (first byte, size)."""
+def _samples(file: HeaderReader) -> Iterator[dict[str, tuple[int, int]]]:
+    """Per sample: kind of file (lower case) -> (first byte, size). Links, devices and sparse files are no samples."""
     current: dict[str, tuple[int, int]] = {}
     previous = None
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             match = _NAME.match(member.name)
-            if not member.isreg() or match is None:
+            file.check(member)
+            if not member.isreg() or member.issparse() or match is None:
                 continue
             key, kind = match.groups()
             if key != previous and current:

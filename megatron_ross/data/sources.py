@@ -55,9 +55,14 @@ class LlavaSource:
 
 
 def open_sources(
-    paths: PathLike | Sequence[PathLike], image_root: PathLike | None, cache_folder: Path | None
+    paths: PathLike | Sequence[PathLike],
+    image_root: PathLike | None,
+    cache_folder: Path | None,
+    allow_image_symlinks: bool = False,
 ) -> list[Source]:
     """One source per file. Tar names may hold braces: "shards/{000000..000099}.tar".
+
+    `allow_image_symlinks`: see `ImageRoot`.
 
     Raises:
         ValueError: no path, or a file or the image folder is missing or unreadable.
@@ -66,7 +71,7 @@ def open_sources(
     names = [name for path in given for name in expand_braces(os.fspath(path))]
     if not names:
         raise ValueError("json_path is empty; name at least one JSON, JSONL or tar file")
-    root = ImageRoot(image_root) if image_root is not None else None
+    root = ImageRoot(image_root, allow_image_symlinks) if image_root is not None else None
     return [
         ShardFile(name, cache_folder) if name.endswith(".tar") else LlavaSource(name, root, cache_folder)
         for name in names

@@ -42,6 +42,7 @@ def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> Trainin
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
+            allow_image_symlinks=run.data.allow_image_symlinks,
         )
         for source in data_sources(run.data)
     ]
