@@ -23,7 +23,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
-.PHONY: help install quickstart test test-slow test-layouts test-gpu test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-slow test-layouts test-faults test-gpu test-lowest benchmark check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -50,6 +50,9 @@ test-slow: $(READY) ## the tests that take minutes each
 
 test-layouts: $(READY) ## every parallel layout against one process, the full product
 	@$(BIN)/python $(PYTEST) -m layouts
+
+test-faults: $(READY) ## kill ranks, lose machines, stop runs: real torchrun processes, one test at a time
+	@$(BIN)/python -m pytest -m faults
 
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a CUDA GPU, and torch sees none")'

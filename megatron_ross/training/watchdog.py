@@ -25,7 +25,7 @@ class Watchdog:
 
     Args:
         limit_s: longest time between two beats; 0 watches nothing.
-        folder: run folder; stacks go to its `hang/rank-N.txt` and to stderr. None: stderr alone.
+        folder: run folder; the report goes to its `hang/rank-N.txt` and to stderr. None: stderr alone.
     """
 
     def __init__(self, limit_s: float, folder: Path | None) -> None:
@@ -56,31 +56,38 @@ class Watchdog:
                 self._end_the_run()
 
     def _end_the_run(self) -> None:
-        rank = dist.get_rank()
-        sys.stderr.write(f"rank {rank}: no progress for {self._limit_s:.0f} s in {self._phase}; it stands at\n")
-        faulthandler.dump_traceback(sys.stderr)
-        if self._folder is not None:
+        text = f"rank {dist.get_rank()}: no progress for {self._limit_s:.0f} s in {self._phase}; it stands at\n"
+        if self._folder is None:
+            self._report([sys.stderr], text)
+        else:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"rank-{rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file)
-        self._report_silent_ranks(sys.stderr)
-        sys.stderr.flush()
+            with (self._folder / f"rank-{dist.get_rank()}.txt").open("w") as file:
+                self._report([sys.stderr, file], text)
         os._exit(1)
 
-    def _report_silent_ranks(self, out: TextIO) -> None:
-        """Every rank signs in; whoever has not after a while does not run. Ranks are up to a step apart."""
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"hang/{dist.get_rank()}", self._phase)
-            deadline = time.monotonic() + min(10.0, self._limit_s / 2)
-            silent = list(range(dist.get_world_size()))
-            while silent and time.monotonic() < deadline:
-                silent = [rank for rank in silent if not store.check([f"hang/{rank}"])]
-                time.sleep(0.1)
-        except RuntimeError as error:  # the process that holds the store is the one that is gone
-            out.write(f"rank {dist.get_rank()}: cannot ask the other ranks: {error}\n")
-            return
-        if silent:
-            out.write(f"ranks {silent} do not answer: look at their machines first\n")
-        else:
-            out.write("all ranks answer: a deadlock, or different collectives on different ranks; compare the stacks\n")
+    def _report(self, outputs: list[TextIO], text: str) -> None:
+        for out in outputs:
+            out.write(text)
+            out.flush()  # what follows bypasses Python's buffer
+            faulthandler.dump_traceback(out)
+        answer = _ask_the_others(self._phase, min(10.0, self._limit_s / 2))
+        for out in outputs:
+            out.write(f"{answer}\n")
+            out.flush()
+
+
+def _ask_the_others(phase: str, patience_s: float) -> str:
+    """Every rank signs in; whoever has not after a while does not run. Ranks are up to a step apart."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"hang/{dist.get_rank()}", phase)
+        deadline = time.monotonic() + patience_s
+        silent = list(range(dist.get_world_size()))
+        while silent and time.monotonic() < deadline:
+            silent = [rank for rank in silent if not store.check([f"hang/{rank}"])]
+            time.sleep(0.1)
+    except RuntimeError as error:  # the process that holds the store is the one that is gone
+        return f"cannot ask the other ranks: {error}"
+    if silent:
+        return f"ranks {silent} do not answer: look at their machines first"
+    return "all ranks answer: a deadlock, or different collectives on different ranks; compare their stacks"

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_ross.checkpoint.sharded import CheckpointError, load_weights
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from megatron_ross.checkpoint.agreement import CheckpointError
+from megatron_ross.checkpoint.loading import load_weights
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, write_latest
 from megatron_ross.checkpoint.reader import check_loadable, open_checkpoint, read_index
 from megatron_ross.convert.known_models import known_model
@@ -130,10 +131,10 @@ def test_megatron_is_given_no_checkpoint_with_pickled_objects(
     index = copy.deepcopy(read_index(directory))
     _bytes_instead(index)
     index_file.write_bytes(pickle.dumps(index))
-    with pytest.raises(ValueError, match=r"'vision\.tower\.x' is not a tensor but a pickled object"):
+    with pytest.raises(CheckpointError, match=r"'vision\.tower\.x' is not a tensor but a pickled object"):
         load_weights(directory, [])
     index_file.write_bytes(pickle.dumps(Trap(tmp_path / "trap")))
-    with pytest.raises(ValueError, match="not a readable checkpoint index"):
+    with pytest.raises(CheckpointError, match="not a readable checkpoint index"):
         load_weights(directory, [])
     assert not (tmp_path / "trap").exists()
 

@@ -1,0 +1,273 @@
+"""Promises of long runs on two real ranks: asynchronous saves, faults of disks and files, NaN, repeated steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ross.checkpoint.agreement import CheckpointError
+from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.reader import open_checkpoint
+from megatron_ross.checkpoint.retention import complete_iterations
+from megatron_ross.training.trainer import Trainer, TrainingError
+from tests.helpers.distributed import RankError, run_ranks
+from tests.helpers.toy_run import curve, with_trainer, write_data
+from tests.helpers.variants import make_variant
+
+SMALL_FILE = 50_000  # bytes; less than any rank's share
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        **write_data(tmp_path_factory.mktemp("data")),
+        "init_from": str(make_variant(tmp_path_factory.mktemp("model"), "qwen2_siglip").path),
+        "pipeline_model_parallel_size": 2,
+        "layout": "VEt*2|t*2NDH",
+        "seq_length": 256,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "lr": 1e-3,
+        "train_iters": 6,
+        "log_interval": 1,
+        "tensorboard": False,
+    }
+
+
+def _train(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """The whole loop; the error it ended with."""
+
+    def act(trainer: Trainer) -> str:
+        try:
+            trainer.train()
+        except (CheckpointError, TrainingError) as error:
+            return str(error)
+        return ""
+
+    return with_trainer(flat, act)
+
+
+def _losses(folder: Path) -> list[tuple[Any, ...]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["lm_loss"], line["recon_loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that saves in the foreground."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_ranks(_train, 2, settings | {"save": str(folder), "save_interval": 2}) == ["", ""]
+    return folder
+
+
+def test_asynchronous_saves_change_nothing(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same losses and checkpoints, although training went on while they were written; and old ones go."""
+    flat = settings | {"save": str(tmp_path), "save_interval": 2, "async_save": True, "save_retain_last": 2}
+    assert run_ranks(_train, 2, flat) == ["", ""]
+    assert _losses(tmp_path) == _losses(whole)
+    assert complete_iterations(tmp_path / "checkpoints") == [4, 6]
+    for iteration in (4, 6):
+        name = f"checkpoints/iter_{iteration:07d}"
+        ours, expected = open_checkpoint(tmp_path / name), open_checkpoint(whole / name)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours.read(key), expected.read(key)) for key in ours.keys())  # noqa: SIM118
+    assert not list((tmp_path / "checkpoints").glob("*.incomplete"))
+
+
+def test_a_run_resumes_from_an_asynchronous_checkpoint(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    flat = settings | {"save": str(tmp_path), "async_save": True, "save_interval": 2}
+    run_ranks(_train, 2, flat)
+    load = str(tmp_path / "checkpoints" / "iter_0000004")
+    (got, _) = run_ranks(curve, 2, settings | {"load": load, "init_from": "", "verify_checkpoint": True}, 2)
+    assert [tuple(row) for row in got["losses"]] == [row[1:] for row in _losses(whole)[4:]]
+
+
+def _fill_disk_at(rank: int, world_size: int, flat: dict[str, Any], iteration: int) -> str:
+    """No file of rank 1 may grow any more while the save of `iteration` begins; afterwards all is well again."""
+
+    def act(trainer: Trainer) -> str:
+        save, unlimited = trainer.save, resource.RLIM_INFINITY
+
+        def limited(**kwargs: Any) -> None:
+            full = rank == 1 and trainer.iteration == iteration
+            if full:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
+                resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, unlimited))
+            try:
+                save(**kwargs)
+                if full and trainer.checkpoints is not None:
+                    while trainer.checkpoints.is_writing:  # the writer meets the limit, too
+                        continue
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+
+        trainer.save = limited  # type: ignore[method-assign]
+        try:
+            trainer.train()
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    return with_trainer(flat, act)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["foreground", "asynchronous"])
+def test_training_goes_on_after_a_failed_save_if_asked_to(
+    is_async: bool, whole: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    flat = settings | {"save": str(tmp_path), "save_interval": 2, "save_failure": "continue", "async_save": is_async}
+    assert run_ranks(_fill_disk_at, 2, flat, 4) == ["", ""]
+    assert complete_iterations(tmp_path / "checkpoints") == [2, 6]
+    assert not list((tmp_path / "checkpoints").glob("*.incomplete"))
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def test_training_stops_after_a_failed_asynchronous_save_by_default(settings: dict[str, Any], tmp_path: Path) -> None:
+    flat = settings | {"save": str(tmp_path), "save_interval": 2, "async_save": True}
+    for message in run_ranks(_fill_disk_at, 2, flat, 4):
+        assert "iter_0000004" in message
+        assert "File too large" in message
+    assert complete_iterations(tmp_path / "checkpoints") == [2]
+
+
+def _load_damaged(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    try:
+        with_trainer(flat, lambda trainer: None)
+    except (CheckpointError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        pytest.param(_flip, "is damaged", id="flipped bit"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-5000]), "", id="truncated"),
+        pytest.param(Path.unlink, "is missing", id="missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
+    damage: Any, says: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run_ranks(_train, 2, settings | {"save": str(tmp_path), "save_interval": 2, "train_iters": 4})
+    latest = resolve_checkpoint(tmp_path / "checkpoints")
+    (victim,) = latest.glob("__1_*.distcp")
+    damage(victim)
+    flat = settings | {"load": str(tmp_path), "init_from": "", "verify_checkpoint": True}
+    for message in run_ranks(_load_damaged, 2, flat):
+        assert victim.name in message
+        assert says in message
+        assert "iter_0000002" in message
+    before = flat | {"load": str(latest.with_name("iter_0000002"))}
+    assert run_ranks(curve, 2, before, 1)[0]["iteration"] == 3
+
+
+def _poison(rank: int, world_size: int, flat: dict[str, Any], steps: dict[int, int]) -> str:
+    """At iteration i, the LM loss of microbatch steps[i] is NaN; on the rank with the LM head alone."""
+
+    def act(trainer: Trainer) -> str:
+        stage = trainer.stages[-1]
+        if stage.spec.has("H"):
+            lm_loss, calls = stage.lm_loss, [0]
+
+            def poisoned(hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+                iteration, microbatch = divmod(calls[0], 4)
+                calls[0] += 1
+                loss = lm_loss(hidden, batch)
+                return loss * float("nan") if steps.get(iteration + 1) == microbatch else loss
+
+            stage.lm_loss = poisoned
+        try:
+            trainer.train()
+        except TrainingError as error:
+            return str(error)
+        return ""
+
+    return with_trainer(flat, act)
+
+
+def test_a_nan_is_skipped_by_all_ranks_and_its_samples_are_written_down(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    flat = settings | {"save": str(tmp_path), "skip_nonfinite_steps": 1}
+    messages = run_ranks(_poison, 2, flat, {2: 3, 5: 1})
+    first, second = (json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert (first["iteration"], second["iteration"]) == (2, 5)
+    (found,) = first["microbatches"]
+    assert (found["rank"], found["loss"], found["microbatch"]) == (1, "lm", 3)
+    assert len(found["sample_ids"]) == 1
+    assert [row[0] for row in _losses(tmp_path)] == [1, 2, 3, 4]  # the second one ends the run
+    for message in messages:
+        assert "2 time(s)" in message
+        assert str(second["microbatches"][0]["sample_ids"]) in message
+
+
+def _count_attempts(rank: int, world_size: int, flat: dict[str, Any]) -> tuple[int, list[float], bool]:
+    """The third step's loss is NaN at its first attempt only: as if a bit had flipped in a register."""
+
+    def act(trainer: Trainer) -> tuple[int, list[float], bool]:
+        stage, calls = trainer.stages[-1], [0]
+        backbone = stage.backbone
+
+        def counted(batch: Any) -> torch.Tensor:
+            calls[0] += 1
+            hidden = backbone(batch)
+            return hidden * float("nan") if calls[0] == 9 and stage.spec.has("H") else hidden
+
+        stage.backbone = counted
+        losses = [trainer._step()[0] for _ in range(4)]
+        return calls[0], [result.lm_loss for result in losses], all(result.updated for result in losses)
+
+    return with_trainer(flat, act)
+
+
+def test_a_transient_error_is_computed_again(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Megatron's rerun state machine: the third of four steps is repeated, and its second result is the right one."""
+    flat = settings | {"rerun_mode": "validate_results", "save": str(tmp_path)}
+    for calls, losses, updated in run_ranks(_count_attempts, 2, flat):
+        assert calls == 5 * 4
+        assert updated
+        assert losses == [row[1] for row in _losses(whole)[:4]]
+    assert "initial_run" in (tmp_path / "rejected_results.jsonl").read_text().lower()
+
+
+def test_manifest_covers_every_file_of_a_checkpoint(whole: Path) -> None:
+    directory = resolve_checkpoint(whole / "checkpoints")
+    names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert set(Manifest.read(directory).files) == names - {"manifest.json"}
+
+
+def _stop_in_step_3(rank: int, world_size: int, flat: dict[str, Any]) -> None:
+    """Rank 1 is stopped by the system, as by a debugger or a machine out of memory."""
+
+    def act(trainer: Trainer) -> None:
+        for step in range(3):
+            if (rank, step) == (1, 2):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            trainer._step()
+
+    with_trainer(flat, act)
+
+
+def test_a_rank_that_stands_still_ends_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The other rank shows where it waits, names the silent one, and leaves: in seconds, not at the end of time."""
+    flat = settings | {"save": str(tmp_path), "hang_timeout_minutes": 0.1, "preemption_grace_seconds": 5.0}
+    with pytest.raises(RankError, match=r"rank 0.*exit code 1"):
+        run_ranks(_stop_in_step_3, 2, flat, timeout_s=60)
+    report = (tmp_path / "hang" / "rank-0.txt").read_text()
+    assert "no progress for 6 s in iteration 3" in report
+    assert "in _step" in report
+    assert "ranks [1] do not answer" in report

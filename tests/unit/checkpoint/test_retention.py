@@ -1,0 +1,54 @@
+"""Which checkpoints stay, and that none goes which another one needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ross.checkpoint.manifest import Manifest, iteration_dir
+from megatron_ross.checkpoint.retention import complete_iterations, remove_superseded, superseded
+from tests.helpers.golden import model_config
+
+
+@pytest.mark.parametrize(
+    ("last", "interval", "going"),
+    [
+        (None, None, []),
+        (1, None, [10, 20, 30, 40]),
+        (2, None, [10, 20, 30]),
+        (9, None, []),
+        (None, 20, [10, 30]),
+        (2, 30, [10, 20]),
+        (None, 7, [10, 20, 30, 40]),
+    ],
+)
+def test_last_n_and_every_mth(last: int | None, interval: int | None, going: list[int]) -> None:
+    assert superseded([10, 20, 30, 40, 50], last, interval) == going
+
+
+def _write(root: Path, iteration: int, base: str | None = None) -> None:
+    directory = iteration_dir(root, iteration)
+    directory.mkdir(parents=True)
+    (directory / "__0_0.distcp").write_bytes(b"data")
+    replace(Manifest(iteration, model_config("qwen2_siglip")), base=base).write(directory)
+
+
+def test_bases_of_kept_checkpoints_stay(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    _write(tmp_path, 2, base="../iter_0000001")
+    for iteration in (3, 4):
+        _write(tmp_path, iteration, base="../iter_0000002")
+    assert remove_superseded(tmp_path, 1, None) == [3]
+    assert complete_iterations(tmp_path) == [1, 2, 4]
+
+
+def test_incomplete_folders_are_not_counted(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    _write(tmp_path, 2)
+    (tmp_path / "iter_0000003.incomplete").mkdir()
+    (tmp_path / "iter_0000004").mkdir()
+    assert complete_iterations(tmp_path) == [1, 2]
+    assert remove_superseded(tmp_path, 1, None) == [1]
+    assert (tmp_path / "iter_0000003.incomplete").is_dir()
