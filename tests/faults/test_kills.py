@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,18 +49,24 @@ def run(folder: Path, settings: dict[str, Any], faults: list[dict[str, Any]], it
     """Train to the end under torchrun, which may start the ranks again as often as there are faults."""
     flat = settings | {"save": str(folder), "load": str(folder), "train_iters": iterations}
     arguments = [text for name, value in flat.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_RANKS)]
-    command += ["--master-port", str(port), "--max-restarts", str(len(faults)), faulty_training.__file__]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command += ["--standalone", "--max-restarts", str(len(faults)), faulty_training.__file__, json.dumps(faults)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a restarted group would meet at the keys of the one before
+    }
     log = folder / "log"
     with log.open("wb") as out:
         done = subprocess.run(
-            [*command, json.dumps(faults), *arguments],
-            cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=120 + 60 * len(faults), check=False,
-        )  # fmt: skip
+            [*command, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=120 + 60 * len(faults),
+            check=False,
+        )
     assert done.returncode == 0, log.read_text()[-4000:]
 
 

@@ -2,7 +2,7 @@
 
 FAULTS is a JSON list; the n-th entry belongs to the n-th start of the ranks, and later starts have none. An entry says
 who is killed where: {"ranks": [2], "iteration": 5, "point": "forward"}. Points: `forward` and `optimizer` of a step,
-`write` (half-way through this rank's part of a checkpoint) and `publish` (after the rename, before `latest` is written).
+`write` (of a checkpoint's files) and `publish` (after its folder has its name, before `latest` is written).
 """
 
 from __future__ import annotations

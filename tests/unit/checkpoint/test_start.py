@@ -1,0 +1,49 @@
+"""Where a run starts: afresh only if it was never saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, write_latest
+from megatron_ross.config.cli import ConfigError
+from megatron_ross.config.schema import RunConfig
+from megatron_ross.training.start import is_resume
+from tests.helpers.golden import model_config
+
+
+def _run(folder: Path, init_from: str = "somewhere") -> RunConfig:
+    return RunConfig.from_flat({"load": str(folder), "init_from": init_from})
+
+
+def _write(folder: Path, iteration: int) -> None:
+    directory = iteration_dir(folder / "checkpoints", iteration)
+    directory.mkdir(parents=True)
+    Manifest(iteration, model_config("qwen2_siglip")).write(directory)
+    write_latest(folder / "checkpoints", iteration)
+
+
+def test_a_run_that_was_never_saved_starts_afresh(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert not is_resume(_run(tmp_path))
+    with pytest.raises(ConfigError, match="give init_from to start afresh"):
+        is_resume(_run(tmp_path, init_from=""))
+
+
+def test_a_saved_run_is_resumed(tmp_path: Path) -> None:
+    _write(tmp_path, 5)
+    assert is_resume(_run(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "another iteration", "no latest"])
+def test_damage_is_not_taken_for_a_new_run(damage: str, tmp_path: Path) -> None:
+    _write(tmp_path, 5)
+    latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    {
+        "garbage": lambda: latest.write_text("\0\0"),
+        "another iteration": lambda: latest.write_text("7\n"),
+        "no latest": latest.unlink,
+    }[damage]()
+    with pytest.raises(ConfigError, match=r"load=.*iter_0000005 to go on from the newest"):
+        is_resume(_run(tmp_path))
