@@ -97,7 +97,7 @@ FAULTS = [
 def test_six_kills_in_one_run(uninterrupted: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """In forward, in the optimizer step, in a save, before `latest` is written, and all ranks at once."""
     run(tmp_path, settings, FAULTS, ITERATIONS)
-    assert (tmp_path / "log").read_text().count("Signal 9 (SIGKILL)") >= 1
+    assert (tmp_path / "log").read_text().count("starting at iteration") == len(FAULTS) + 1
     assert history(tmp_path) == history(uninterrupted)
     assert not list((tmp_path / "checkpoints").glob("*.incomplete"))
 
