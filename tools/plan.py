@@ -24,6 +24,7 @@ from megatron_ross.planner.hardware import GPUS, known_gpu
 from megatron_ross.planner.report import as_dict, table
 from megatron_ross.planner.search import plan_run, search
 from megatron_ross.planner.workload import Workload, default_workload
+from megatron_ross.training.start import checkpoints_of
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -51,8 +52,7 @@ def model_of(options: argparse.Namespace, run: RunConfig) -> RossModelConfig:
     start = run.training.load or run.training.init_from
     if not start:
         raise ConfigError("init_from='': name a checkpoint whose model to plan for, or give --model")
-    checkpoints = Path(start) / "checkpoints"
-    return Manifest.read(resolve_checkpoint(checkpoints if checkpoints.is_dir() else start)).model
+    return Manifest.read(resolve_checkpoint(checkpoints_of(start))).model
 
 
 def workload_of(options: argparse.Namespace, run: RunConfig) -> Workload:

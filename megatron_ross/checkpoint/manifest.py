@@ -23,6 +23,8 @@ from megatron_ross.config.shown import shown
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 ASSETS_NAME = "assets"
+CHECKPOINTS_NAME = "checkpoints"
+"""Folder of the checkpoints in a run folder."""
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 _MAX_BYTES = 64 << 20
 _MAX_ITERATION = 10**12

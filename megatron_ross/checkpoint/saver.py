@@ -76,11 +76,6 @@ class CheckpointSaver:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @property
-    def has_pending(self) -> bool:
-        """A save was begun and not finished; the same on all ranks."""
-        return self._pending is not None
-
-    @property
     def is_writing(self) -> bool:
         """This rank's part of the pending save is not on disk yet."""
         return self._pending is not None and not self._pending.written.done()

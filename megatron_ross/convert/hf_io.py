@@ -7,7 +7,6 @@ read and written at their offsets, so memory stays at one tensor. Torch pickles 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -272,9 +271,3 @@ def _header(shard: Sequence[OutputTensor]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
+from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files, sha256_of
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, Source, iteration_dir, write_latest
 from megatron_ross.config.model import ProjectorConfig, RossModelConfig
 from megatron_ross.convert.atomic import atomic_directory
@@ -21,7 +21,7 @@ from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.component_config import language_config, tower_config, vae_folder_config
 from megatron_ross.convert.composite_config import denoiser_config, ross_model_config
 from megatron_ross.convert.fresh import fresh_denoiser, fresh_projector
-from megatron_ross.convert.hf_io import TensorInfo, WeightFolder, load_torch_tensors, sha256_of_file
+from megatron_ross.convert.hf_io import TensorInfo, WeightFolder, load_torch_tensors
 from megatron_ross.convert.layouts import (
     LLAVA_IGNORED,
     ROSS_IGNORED,
@@ -156,7 +156,7 @@ def write_checkpoint(plan: ImportPlan, output: Path, training: dict[str, Any] | 
     total = sum(tensor.nbytes for tensor in plan.tensors.values())
     with atomic_directory(output, needed_bytes=total) as root, ThreadPoolExecutor(1) as pool:
         hashing = [
-            (part, name, {file.name: pool.submit(sha256_of_file, file) for file in files})
+            (part, name, {file.name: pool.submit(sha256_of, file) for file in files})
             for part, name, files in plan.sources
         ]
         directory = iteration_dir(root, 0)

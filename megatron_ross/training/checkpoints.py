@@ -11,11 +11,9 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ross.checkpoint.agreement import CheckpointError
-from megatron_ross.checkpoint.manifest import Manifest, iteration_dir
+from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, iteration_dir
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavedCheckpoint, SavePolicy
 from megatron_ross.config.schema import RunConfig
-
-FOLDER_NAME = "checkpoints"
 
 
 def prepare_run_folder(run: RunConfig) -> None:
@@ -24,7 +22,7 @@ def prepare_run_folder(run: RunConfig) -> None:
     Raises:
         OSError: they cannot; names the folder.
     """
-    folder = Path(run.training.save) / FOLDER_NAME
+    folder = Path(run.training.save) / CHECKPOINTS_NAME
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,9 +49,8 @@ class RunCheckpoints:
 
     def __init__(self, run: RunConfig, assets: Path, say: Callable[[str], None]) -> None:
         training = run.training
-        self.root = Path(training.save) / FOLDER_NAME
+        self.root = Path(training.save) / CHECKPOINTS_NAME
         self.stall_seconds = 0.0
-        self.failures = 0
         self._stops = training.save_failure == "stop"
         self._say = say
         policy = SavePolicy(training.async_save, training.save_retain_last, training.save_retain_interval)
@@ -66,10 +63,6 @@ class RunCheckpoints:
     @property
     def is_writing(self) -> bool:
         return self._saver.is_writing
-
-    @property
-    def has_pending(self) -> bool:
-        return self._saver.has_pending
 
     def save(self, snapshot: Snapshot, *, is_last: bool = False) -> None:
         """Save, after the save before is finished; asynchronously unless it `is_last`.
@@ -105,7 +98,6 @@ class RunCheckpoints:
         )
 
     def _failed(self, error: CheckpointError, is_last: bool) -> None:
-        self.failures += 1
         if self._stops or is_last:
             raise CheckpointError(f"{error}; free space or choose another folder, then resume") from error
         self._say(f"warning: {error}; training goes on without this checkpoint (save_failure=continue)")

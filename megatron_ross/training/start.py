@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ross.checkpoint.manifest import LATEST_NAME, MANIFEST_NAME, iteration_dir, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
+    LATEST_NAME,
+    MANIFEST_NAME,
+    iteration_dir,
+    resolve_checkpoint,
+)
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
@@ -47,5 +53,5 @@ def _what_to_do(root: Path) -> str:
 
 def checkpoints_of(path: str) -> Path:
     """`path` may be a run folder or a checkpoint root."""
-    folder = Path(path) / "checkpoints"
+    folder = Path(path) / CHECKPOINTS_NAME
     return folder if folder.is_dir() else Path(path)

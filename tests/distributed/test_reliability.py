@@ -18,27 +18,14 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
-from tests.helpers.toy_run import curve, with_trainer, write_data
-from tests.helpers.variants import make_variant
+from tests.helpers.toy_run import curve, two_stage_settings, with_trainer
 
 SMALL_FILE = 50_000  # bytes; less than any rank's share
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {
-        **write_data(tmp_path_factory.mktemp("data")),
-        "init_from": str(make_variant(tmp_path_factory.mktemp("model"), "qwen2_siglip").path),
-        "pipeline_model_parallel_size": 2,
-        "layout": "VEt*2|t*2NDH",
-        "seq_length": 256,
-        "micro_batch_size": 1,
-        "global_batch_size": 4,
-        "lr": 1e-3,
-        "train_iters": 6,
-        "log_interval": 1,
-        "tensorboard": False,
-    }
+    return two_stage_settings(tmp_path_factory.mktemp("run")) | {"train_iters": 6, "log_interval": 1}
 
 
 def _train(rank: int, world_size: int, flat: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.main import quieten
 from megatron_ross.training.trainer import Trainer, start_path
+from tests.helpers.variants import make_variant
 
 WORDS = [
     "a",
@@ -58,6 +59,21 @@ def write_data(folder: Path, num_samples: int = 29) -> dict[str, Any]:
         records.append({"id": str(i), "conversations": turns, **image})
     (folder / "data.json").write_text(json.dumps(records))
     return {"data_path": str(folder / "data.json"), "image_folder": str(folder / "images")}
+
+
+def two_stage_settings(folder: Path) -> dict[str, Any]:
+    """Settings of short runs on two pipeline ranks, with a model and data below `folder`."""
+    return {
+        **write_data(folder / "data"),
+        "init_from": str(make_variant(folder / "model", "qwen2_siglip").path),
+        "pipeline_model_parallel_size": 2,
+        "layout": "VEt*2|t*2NDH",
+        "seq_length": 256,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "lr": 1e-3,
+        "tensorboard": False,
+    }
 
 
 def with_trainer(flat: dict[str, Any], action: Callable[[Trainer], Any]) -> Any:
