@@ -6,12 +6,14 @@ import json
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_ross.checkpoint import writer
 from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
@@ -20,6 +22,7 @@ from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.toy_run import curve, two_stage_settings, with_trainer
 
+SLOW_DISK_S = 2.0  # several steps
 SMALL_FILE = 50_000  # bytes; less than any rank's share
 
 
@@ -41,6 +44,18 @@ def _train(rank: int, world_size: int, flat: dict[str, Any]) -> str:
     return with_trainer(flat, act)
 
 
+def _train_on_a_slow_disk(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """Nothing is written before training has gone on for a while: a checkpoint of live tensors would be a later one."""
+    write = writer._write
+
+    def late(*args: Any) -> None:
+        time.sleep(SLOW_DISK_S)
+        write(*args)
+
+    writer._write = late
+    return _train(rank, world_size, flat)
+
+
 def _losses(folder: Path) -> list[tuple[Any, ...]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["iteration"], line["lm_loss"], line["recon_loss"], line["grad_norm"]) for line in lines]
@@ -57,7 +72,7 @@ def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 def test_asynchronous_saves_change_nothing(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """The same losses and checkpoints, although training went on while they were written; and old ones go."""
     flat = settings | {"save": str(tmp_path), "save_interval": 2, "async_save": True, "save_retain_last": 2}
-    assert run_ranks(_train, 2, flat) == ["", ""]
+    assert run_ranks(_train_on_a_slow_disk, 2, flat) == ["", ""]
     assert _losses(tmp_path) == _losses(whole)
     assert complete_iterations(tmp_path / "checkpoints") == [4, 6]
     for iteration in (4, 6):
