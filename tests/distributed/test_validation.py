@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
@@ -78,6 +79,7 @@ def trained(rank: int, world_size: int, flat: dict[str, Any]) -> dict[str, Any]:
 
         trainer.loader.next_step, trainer._step = spied, recorded  # type: ignore[method-assign]
         trainer.train()
+        gather_now(trainer.chunks)
         return {
             "losses": losses,
             "seen": seen,
@@ -97,6 +99,7 @@ Watched = tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]
 
 def watched(ranks: int, flat: dict[str, Any], folder: Path) -> Watched:
     """A run with a folder: what training did, its validations, its log."""
+    folder.mkdir(exist_ok=True)
     result = run_ranks(trained, ranks, flat | {"save": str(folder)}, timeout_s=240)[0]
     return result, lines(folder, "validation.jsonl"), lines(folder, "metrics.jsonl")
 
