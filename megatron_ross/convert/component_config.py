@@ -22,7 +22,8 @@ from megatron_ross.config.model_limits import (
     check_rope_scaling,
 )
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.checked_fields import Fields, read_json
+from megatron_ross.config.json_files import read_json
+from megatron_ross.convert.checked_fields import Fields
 
 LANGUAGE_FAMILIES = {"qwen2": "qwen2", "llama": "llama", "ross_qwen2": "qwen2", "ross_llama": "llama"}
 """`model_type` -> family."""
