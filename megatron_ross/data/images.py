@@ -23,7 +23,7 @@ MAX_PIXELS = 178_956_970
 """Images with more pixels are refused (Pillow's own limit for a decompression bomb)."""
 
 MAX_SCANS = 500
-"""JPEG files with more scans are refused: each is a pass over all pixels, and a progressive photograph has about ten."""
+"""JPEG files with more scans are refused: each is a pass over all pixels. A progressive photograph has about ten."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 """What photographs and drawings come in. Pillow knows more; some start programs (EPS), or hold files in files (ICO)."""

@@ -7,6 +7,7 @@ and the digest of all samples seen, must equal those of a run without faults, to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -88,10 +89,8 @@ class Run:
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """torchrun, and the server of its ranks with them."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all have ended
-        pass
     process.wait()
 
 

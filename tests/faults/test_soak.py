@@ -29,8 +29,8 @@ MAX_GROWTH = 0.02
 LIMIT_S = 3000.0
 
 
-def _spoil(settings: dict[str, Any]) -> int:
-    """Break samples in all the ways that a data set has; how many."""
+def _spoil(settings: dict[str, Any]) -> None:
+    """Break samples in all the ways that a data set has."""
     path, images = Path(settings["data_path"]), Path(settings["image_folder"])
     records = json.loads(path.read_text())
     with_image = [i for i, record in enumerate(records) if isinstance(record.get("image"), str)]
@@ -42,7 +42,6 @@ def _spoil(settings: dict[str, Any]) -> int:
     records[no_turns]["conversations"] = []
     records[no_record] = ["not", "a", "record"]
     path.write_text(json.dumps(records))
-    return 6
 
 
 def _soak(rank: int, world_size: int, flat: dict[str, Any]) -> list[dict[str, int]]:
@@ -73,7 +72,7 @@ def growth(rss: list[int]) -> float:
 
 def test_two_thousand_steps_wear_nothing_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = two_stage_settings(tmp_path)
-    num_bad = _spoil(settings)
+    _spoil(settings)
     flat = settings | {
         "save": str(tmp_path / "run"),
         "global_batch_size": 2,

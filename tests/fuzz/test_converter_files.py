@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from megatron_ross.config.model_limits import check_model
 from megatron_ross.config.json_files import read_json
+from megatron_ross.config.model_limits import check_model
 from megatron_ross.convert.component_config import image_statistics, language_config, vae_config, vision_config
 from megatron_ross.convert.composite_config import ross_model_config
 from megatron_ross.convert.hf_io import SafetensorsFile, WeightFolder, load_torch_tensors

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-from tests.helpers.preloaded_torchrun import PID_NAME
+from tests.helpers.preloaded_torchrun import PID_NAME  # noqa: E402
 
 
 def _once_before(function: Callable[..., Any], is_time: Callable[[], bool], action: Callable[[], None]) -> Any:
