@@ -18,6 +18,7 @@ from megatron_ross.losses import recon_loss_sum
 from megatron_ross.models.denoiser import RossDenoiser
 from megatron_ross.models.diffusion import cosine_tables
 from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
 from megatron_ross.precision import DTYPES, in_tf32
@@ -68,11 +69,12 @@ class ReconstructionHead(nn.Module):
             tables.sqrt_alphas_cumprod.float(), tables.sqrt_one_minus_alphas_cumprod.float()
         )
 
-    def forward(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: RossMicrobatch, breakdown: LossBreakdown | None = None) -> Tensor:
         """Sum over this rank's images of their mean squared noise error; fp32 scalar.
 
         Args:
             hidden: hidden states after the final norm [s, b, h], from `to_heads`.
+            breakdown: gets the errors of single draws.
         """
         mine = image_share(batch.num_images, self.groups.tp.rank(), self.groups.tp.size())
         wanted = (batch.recon_weight[mine.start : mine.stop] > 0).nonzero().squeeze(1)
@@ -83,6 +85,8 @@ class ReconstructionHead(nn.Module):
         noise = self._noise(batch, share)
         x_t, t = self._noised(*self._posterior(batch, wanted), noise)
         squared_error, count = ops.score(self._denoise(x_t, t, condition), noise)
+        if breakdown is not None:
+            breakdown.add_recon(squared_error, count, t, batch, share, self.schedule.signal.numel())
         return recon_loss_sum(squared_error, count, batch.recon_weight[share])
 
     def _posterior(self, batch: RossMicrobatch, wanted: Tensor) -> tuple[Tensor, Tensor]:

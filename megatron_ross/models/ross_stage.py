@@ -31,6 +31,7 @@ from megatron_ross.losses import LossScales
 from megatron_ross.models.language import padded_vocab_size, rotary_embedding
 from megatron_ross.models.layer_specs import decoder_layer_spec, final_norm
 from megatron_ross.models.lm_head import VocabularyShard, lm_head_loss_sum
+from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.models.reconstruction import ReconstructionHead
 from megatron_ross.models.vision_encoder import VisionEncoder
 from megatron_ross.parallel.attached_loss import attach_loss
@@ -114,6 +115,7 @@ class RossStage(MegatronModule):
         self.input_tensor: Tensor | None = None
         self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())
+        self.breakdown: LossBreakdown | None = None  # where someone looks at single losses
         if spec.has("V"):
             self.vision = VisionEncoder(model, config, groups, tower_dtype=vision_tower_dtype)
         if spec.has("E"):
@@ -200,7 +202,7 @@ class RossStage(MegatronModule):
             )  # [s, b, h]
             if self.spec.has("D"):
                 self.wait_for(self.reconstruction)
-                losses.append(self.reconstruction(full, batch) * scales.recon)
+                losses.append(self.reconstruction(full, batch, self.breakdown) * scales.recon)
                 self.losses.add(recon=losses[-1])
             if self.spec.has("H"):
                 self.wait_for(self.output_layer)
@@ -260,12 +262,14 @@ class RossStage(MegatronModule):
         rows = hidden.transpose(0, 1).flatten(0, 1)
         labels = batch.labels.flatten()
         positions = (labels >= 0).nonzero().squeeze(1)
+        breakdown = self.breakdown
         return lm_head_loss_sum(
             rows[positions],
             self.output_weight,
             labels[positions],
             self._vocabulary,
             chunk_tokens=self.lm_head_chunk_tokens,
+            observe=None if breakdown is None else lambda losses: breakdown.add_lm(losses, batch, positions),
         )
 
 
