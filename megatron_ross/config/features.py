@@ -17,6 +17,8 @@ from megatron_ross.config.schema import ComputeConfig, OptimizerSettings, RunCon
 
 ENGINE_MINIMUM = (2, 9)
 FUSED_ATTENTION_MINIMUM = (8, 0)
+PACKED_CUDNN_MINIMUM = (9, 0)
+"""cuDNN keeps packed samples apart from Hopper on; before, only flash-attn 2 does."""
 RECOMPUTABLE = ("core_attn", "mlp")
 """Not layernorm: TransformerEngine's layers have theirs inside linear layers, and without it Megatron cannot."""
 _INSTALL_ENGINE = "pip install --no-build-isolation 'megatron-ross[te]' (see docs/performance.md)"
@@ -141,17 +143,30 @@ def _attention_obstacle(run: RunConfig, available: Available, layers: Choice, as
         return _Obstacle(
             "it cannot keep packed samples apart", "use auto, flash, fused or local, or set packing: false"
         )
-    if asked == "flash" and not available.flash_attention:
-        return _Obstacle(
-            "no flash-attn is installed",
-            "pip install 'megatron-ross[flash-attn]', or use fused, which needs nothing more",
-        )
+    if asked == "flash" and (reason := _no_flash(available)):
+        return _Obstacle(reason, "pip install 'megatron-ross[flash-attn]', or use auto")
+    if run.data.packing and available.gpu is not None and available.gpu < PACKED_CUDNN_MINIMUM:
+        too_old = f"cuDNN needs compute capability 9.0 for packed samples, this GPU has {_dotted(available.gpu)}"
+        if asked == "fused":
+            return _Obstacle(too_old, "use auto, flash or local, or set packing: false")
+        if asked == "auto" and (reason := _no_flash(available)):
+            return _Obstacle(f"{too_old}, and {reason}", "pip install 'megatron-ross[flash-attn]'")
     for name, expected in attention_environment(asked).items():
         if available.environment.get(name, expected) != expected:
             return _Obstacle(
                 f"the environment has {name}={available.environment[name]}", f"unset {name}: the setting decides"
             )
     return None
+
+
+def _no_flash(available: Available) -> str:
+    """Why TransformerEngine has no flash-attn on this GPU; empty if it has."""
+    if not available.flash_attention:
+        return "no flash-attn is installed"
+    generation = available.flash_attention.replace("_", "-").split()[0]
+    if generation in ("flash-attn-3", "flash-attn-4") and (available.gpu or (0, 0)) < PACKED_CUDNN_MINIMUM:
+        return f"{available.flash_attention} needs compute capability 9.0"
+    return ""
 
 
 def attention_environment(backend: str) -> dict[str, str]:

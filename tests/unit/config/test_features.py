@@ -31,7 +31,9 @@ H100 = replace(
     environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
 )
 A100 = replace(H100, gpu=(8, 0))
+A100_FLASH_4 = replace(A100, flash_attention="flash-attn-4 4.0.0")
 B200 = replace(H100, gpu=(10, 0))
+PACKED = {"bf16": True, "packing": True}
 FP8 = {"bf16": True, "fp8": "hybrid"}
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True, "packing": True}
 
@@ -56,6 +58,11 @@ def names(machine: Available, **flat: Any) -> tuple[str, str, str]:
         (H100, {"bf16": True, "attention_backend": "flash"}, ("transformer_engine", "flash", "transformer_engine")),
         (H100, {"bf16": True, "attention_backend": "local"}, ("transformer_engine", "local", "transformer_engine")),
         (H100, {"attention_backend": "unfused"}, ("transformer_engine", "unfused", "transformer_engine")),
+        (A100, PACKED, ("transformer_engine", "auto", "transformer_engine")),  # flash-attn 2
+        (replace(A100, flash_attention=""), PACKED, ("transformer_engine", "local", "transformer_engine")),
+        (A100_FLASH_4, PACKED, ("transformer_engine", "local", "transformer_engine")),
+        (replace(A100, flash_attention=""), {"bf16": True}, ("transformer_engine", "auto", "transformer_engine")),
+        (replace(H100, flash_attention=""), PACKED, ("transformer_engine", "auto", "transformer_engine")),
         (H100, {"optimizer_impl": "torch"}, ("transformer_engine", "local", "torch")),
         (H100, {"optimizer_impl": "apex"}, ("transformer_engine", "local", "apex")),
     ],
@@ -93,7 +100,17 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
     (
         replace(H100, flash_attention=""),
         {"bf16": True, "attention_backend": "flash"},
-        "attention_backend='flash'|no flash-attn|pip install|fused",
+        "attention_backend='flash'|no flash-attn|pip install|auto",
+    ),
+    (
+        A100_FLASH_4,
+        {"bf16": True, "attention_backend": "flash"},
+        "attention_backend='flash'|flash-attn-4 4.0.0|9.0|auto",
+    ),
+    (
+        A100,
+        PACKED | {"attention_backend": "fused"},
+        "attention_backend='fused'|9.0 for packed samples|8.0|packing: false",
     ),
     (H100, {"attention_backend": "unfused", "packing": True}, "attention_backend='unfused'|packed|flash"),
     (
