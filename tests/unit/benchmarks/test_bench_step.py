@@ -74,7 +74,7 @@ def test_ratios_are_those_of_the_times(figures: dict[str, Any], stage: str) -> N
 
 def test_other_losses_are_refused() -> None:
     """A benchmark of two computations that differ must not give figures."""
-    rows = [bench_step.Row(name, None, None, losses=[losses]) for name, losses in
+    rows = [bench_step.Row(name, losses=[losses]) for name, losses in
             (("ours", (2.0, 1.001)), ("peer", (2.0, 1.0)))]  # fmt: skip
     with pytest.raises(RuntimeError, match=r"reconstruction loss of ours is 1\.001, of peer 1"):
         bench_step.assert_same_losses(rows, 1e-4)
