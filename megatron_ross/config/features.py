@@ -207,8 +207,9 @@ def sequence_multiple(run: RunConfig) -> int:
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if compute.fp8 is None:
         return shards
-    # Blocks of 128 tokens are not needed, but let gathers under sequence parallelism stay in FP8.
-    return shards * (128 if compute.fp8_recipe == "blockwise" else fp8_multiple(compute))
+    # Blocks of 128 tokens let gathers under sequence parallelism stay in FP8; user buffers take MXFP8 in no other size.
+    in_blocks = compute.fp8_recipe == "blockwise" or (compute.fp8_recipe == "mxfp8" and parallel.tp_comm_overlap)
+    return shards * (128 if in_blocks else fp8_multiple(compute))
 
 
 def _check_fp8(run: RunConfig, available: Available, features: Features) -> None:
@@ -352,6 +353,9 @@ def _check_tensor_parallel_overlap(run: RunConfig, available: Available, feature
     for reason, (holds, fix) in needs.items():
         if not holds:
             raise refuse("tp_comm_overlap", True, reason, fix)
+    if run.compute.fp8 and run.compute.fp8_recipe == "blockwise":
+        reason = "TransformerEngine's user buffers do not send what fp8_recipe=blockwise makes"
+        raise refuse("tp_comm_overlap", True, reason, "use fp8_recipe tensorwise or delayed, or leave it out")
     connections = available.environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if available.gpu is not None and available.gpu < (10, 0) and connections != "1":
         reason = f"the environment has CUDA_DEVICE_MAX_CONNECTIONS={connections}, so messages may wait behind products"

@@ -127,6 +127,12 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
     (CPU, TP | {"tp_comm_overlap": True}, "tp_comm_overlap=True|GPU|leave it out"),
     (H100, TP | {"tp_comm_overlap": True, "packing": False}, "tp_comm_overlap=True|one size|packing: true"),
     (H100, TP | {"tp_comm_overlap": True, "sequence_parallel": False}, "tp_comm_overlap|sequence_parallel: true"),
+    (H100, TP | FP8 | {"tp_comm_overlap": True, "fp8_recipe": "blockwise"}, "tp_comm_overlap|blockwise|tensorwise"),
+    (
+        B200,
+        TP | FP8 | {"tp_comm_overlap": True, "fp8_recipe": "mxfp8", "seq_length": 2048 + 64},
+        "seq_length=2112|multiple of 256|use 2048",
+    ),
     (H100, {"bf16": True, "tp_comm_overlap": True}, "tp_comm_overlap|tensor_model_parallel_size is 1|leave it out"),
     (
         replace(H100, environment={}),
@@ -255,7 +261,7 @@ def test_table_of_a_gpu() -> None:
         pp=2,
         **TP,
         fp8="hybrid",
-        fp8_recipe="blockwise",
+        fp8_recipe="tensorwise",
         first_last_layers_bf16=True,
         num_layers_at_end_in_bf16=2,
         attention_backend="flash",
@@ -274,7 +280,7 @@ def test_table_of_a_gpu() -> None:
     assert rows["gradient accumulation fusion"] == ("on", "gradient_accumulation_fusion=True: TransformerEngine's")
     assert rows["FP8 products in the decoder"] == (
         "on",
-        "fp8=hybrid: recipe blockwise, 1 first and 2 last layers in bf16",
+        "fp8=hybrid: recipe tensorwise, 1 first and 2 last layers in bf16",
     )
     assert (rows["vision tower precision"][0], rows["denoiser precision"][0]) == ("tf32", "tf32")
     assert rows["recomputation"][0] == "on"
