@@ -230,6 +230,16 @@ class ObservationConfig:
     """Validate every this many steps, and at the end; needs valid_data_path or valid_split."""
     eval_iters: int | None = None
     """Global batches per validation, always the same ones; None takes all of the held-out samples."""
+    sample_interval: int | None = None
+    """Paint and answer held-out samples every this many steps, and at the end; needs held-out samples and save."""
+    num_pictures: int = 4
+    """Held-out images to reconstruct; 0 reconstructs none."""
+    picture_steps: str = "50"
+    """Sampling steps of the denoiser, or one number for each of several equal ranges of timesteps, as in "20,20,5"."""
+    num_answers: int = 4
+    """Held-out questions to answer greedily; 0 answers none."""
+    answer_max_new_tokens: int = 16
+    """Longest answer; every token costs a forward pass of these questions."""
     log_timestep_buckets: int = 0
     """Log the reconstruction loss in this many equal ranges of timesteps; 0 does not."""
     log_source_losses: bool = False

@@ -13,6 +13,7 @@ from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.paths import expand_braces, is_url
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.shown import shown
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 
 
 def validate_run(run: RunConfig, world_size: int) -> None:
@@ -125,15 +126,34 @@ def _check_observation(run: RunConfig) -> None:
         )
     if data.valid_image_folder and not data.valid_data_path:
         raise ConfigError(f"valid_image_folder={shown(data.valid_image_folder)}: needs valid_data_path")
-    if observation.eval_interval is not None and not (data.valid_data_path or data.valid_split):
-        raise ConfigError(
-            f"eval_interval={observation.eval_interval}: needs held-out samples; name them with valid_data_path, or "
-            "hold out a share of the training samples with valid_split"
-        )
+    for name in ("eval_interval", "sample_interval"):
+        interval = getattr(observation, name)
+        if interval is not None and not (data.valid_data_path or data.valid_split):
+            raise ConfigError(
+                f"{name}={interval}: needs held-out samples; name them with valid_data_path, or hold out a share of "
+                "the training samples with valid_split"
+            )
     if observation.eval_iters is not None and observation.eval_interval is None:
         raise ConfigError(f"eval_iters={observation.eval_iters}: needs eval_interval, how often to validate")
+    if observation.sample_interval is not None:
+        _check_samples(run)
     if observation.log_source_losses and not data.blend:
         raise ConfigError("log_source_losses=True: there is one source; list several under blend, or leave it out")
+
+
+def _check_samples(run: RunConfig) -> None:
+    interval, steps = run.observation.sample_interval, run.observation.picture_steps
+    if not run.training.save:
+        raise ConfigError(f"sample_interval={interval}: needs save, the run folder to write pictures and answers to")
+    if run.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"sample_interval={interval}: tp_comm_overlap fixes the shape of every microbatch, and questions have "
+            "another; leave one of the two out"
+        )
+    try:
+        respaced_timesteps(NUM_TRAIN_TIMESTEPS, steps)
+    except ValueError as error:
+        raise ConfigError(f"picture_steps={shown(steps)}: {error}") from None
 
 
 def resolve_layout(

@@ -59,7 +59,7 @@ class LossBreakdown:
         self._buckets = torch.arange(num_buckets, device=device)
         self._sources = torch.arange(len(source_ends), device=device)
         # [sum and count, (lm, S times lm, recon, B buckets, S times recon)]
-        self._sums = torch.zeros(2, 2 + num_buckets + 2 * len(source_ends), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, 2 + num_buckets + 2 * len(source_ends), dtype=torch.float64, device=device)
 
     def add_lm(self, losses: Tensor, batch: RossMicrobatch, positions: Tensor) -> None:
         """Losses of tokens, float [m], at flat positions int64 [m] of a microbatch."""
@@ -92,11 +92,15 @@ class LossBreakdown:
 
     def take(self, groups: ParallelGroups) -> MeanLosses:
         """Means over all ranks since the last call. A collective call; resets."""
-        sums = self._sums.clone()
-        self._sums.zero_()
+        sums = self.sums.clone()
+        self.sums.zero_()
         # The LM loss is the same on all tensor-parallel ranks; the reconstruction loss is shared out among them.
         self._lm_part(sums).div_(groups.tp.size())
         dist.all_reduce(sums)
+        return self.means(sums)
+
+    def means(self, sums: Tensor) -> MeanLosses:
+        """Of sums and counts laid out as `sums` has them."""
         means = [Mean(total, round(count)) for total, count in sums.t().tolist()]
         num_sources, first = len(self._sources), 1 + len(self._sources)
         return MeanLosses(
@@ -109,11 +113,11 @@ class LossBreakdown:
 
     @property
     def _lm(self) -> Tensor:
-        return self._lm_part(self._sums)
+        return self._lm_part(self.sums)
 
     @property
     def _recon(self) -> Tensor:
-        return self._sums[:, 1 + len(self._sources) :]
+        return self.sums[:, 1 + len(self._sources) :]
 
     def _lm_part(self, sums: Tensor) -> Tensor:
         return sums[:, : 1 + len(self._sources)]

@@ -6,6 +6,8 @@ share's part, and the ranks' parts add up to the microbatch's loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from megatron_ross.data.batch import NoiseDraws, RossMicrobatch, image_token_pos
 from megatron_ross.data.collate import image_share
 from megatron_ross.losses import recon_loss_sum
 from megatron_ross.models.denoiser import RossDenoiser
-from megatron_ross.models.diffusion import cosine_tables
+from megatron_ross.models.diffusion import cosine_tables, respace, sample
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.parallel.groups import ParallelGroups
@@ -88,6 +90,29 @@ class ReconstructionHead(nn.Module):
         if breakdown is not None:
             breakdown.add_recon(squared_error, count, t, batch, share, self.schedule.signal.numel())
         return recon_loss_sum(squared_error, count, batch.recon_weight[share])
+
+    def image_conditions(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
+        """What all images of a microbatch give the denoiser: hidden states [s, b, h] -> [n, N, h]."""
+        return self._condition(hidden, batch, torch.arange(batch.num_images, device=hidden.device))
+
+    @torch.no_grad()
+    def sample_latents(self, condition: Tensor, respacing: str, seeds: Sequence[int]) -> Tensor:
+        """Images painted from nothing but their conditions [n, N, h]: grouped latents, float32 [n, C4, g, g].
+
+        Args:
+            respacing: sampling steps, see `diffusion.respaced_timesteps`.
+            seeds: of each image's noise.
+        """
+        side = self.model.vision.grid_size
+        shape = (4 * self.vae_config.latent_channels, side, side)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise(_: int = 0) -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(condition.device)
+
+        embedded = self.denoiser.embed_condition(condition)
+        tables = respace(cosine_tables(), respacing).to(condition.device)
+        return sample(lambda x, t: self.denoiser.predict_noise(x, t, embedded), noise(), noise, tables)
 
     def _posterior(self, batch: RossMicrobatch, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Moments [n_wanted, C, 2g, 2g] of images of this rank's share, encoded here or read from a cache."""

@@ -12,6 +12,7 @@ head on an earlier stage attaches its loss to the hidden states it passes on.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from megatron.core.enums import ModelType
@@ -40,6 +41,9 @@ from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.parallel.param_gather import WaitFor, nothing_to_wait_for
 from megatron_ross.parallel.shares import to_heads
 from megatron_ross.platform import current_device
+
+ReadHeads = Callable[["RossStage", Tensor, RossMicrobatch], None]
+"""Gets a stage with heads, the hidden states [s, b, h] that they see, and the microbatch."""
 
 
 class StepLosses:
@@ -116,6 +120,7 @@ class RossStage(MegatronModule):
         self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())
         self.breakdown: LossBreakdown | None = None  # where someone looks at single losses
+        self.on_heads: ReadHeads | None = None  # instead of losses
         if spec.has("V"):
             self.vision = VisionEncoder(model, config, groups, tower_dtype=vision_tower_dtype)
         if spec.has("E"):
@@ -195,25 +200,35 @@ class RossStage(MegatronModule):
         Tensor-parallel ranks return the same LM loss but each its own images' share of the reconstruction loss.
         """
         hidden = self.backbone(batch)
-        losses = []
+        losses: list[Tensor] = []
         if self.spec.has("D") or self.spec.has("H"):
             full = to_heads(
                 hidden, sequence_parallel=self.config.sequence_parallel, tp_group=self.groups.tp
             )  # [s, b, h]
-            if self.spec.has("D"):
-                self.wait_for(self.reconstruction)
-                losses.append(self.reconstruction(full, batch, self.breakdown) * scales.recon)
-                self.losses.add(recon=losses[-1])
-            if self.spec.has("H"):
-                self.wait_for(self.output_layer)
-                losses.append(self.lm_loss(full, batch) * scales.lm)
-                self.losses.add(lm=losses[-1])
+            if self.on_heads is None:
+                losses = self._losses_of(full, batch, scales)
+            else:
+                self.on_heads(self, full, batch)
+                losses = [full.new_zeros(())]
         if self.is_last:
             return sum(losses[1:], start=losses[0])
         for loss in losses:
             hidden = attach_loss(hidden, loss, self.config.grad_scale_func)
         # What is sent must own its storage, and the schedule's backward pass wants a gradient for it.
         return make_viewless_tensor(hidden.contiguous(), requires_grad=True, keep_graph=hidden.requires_grad)
+
+    def _losses_of(self, full: Tensor, batch: RossMicrobatch, scales: LossScales) -> list[Tensor]:
+        """Scaled losses of this stage's heads, from hidden states [s, b, h]."""
+        losses = []
+        if self.spec.has("D"):
+            self.wait_for(self.reconstruction)
+            losses.append(self.reconstruction(full, batch, self.breakdown) * scales.recon)
+            self.losses.add(recon=losses[-1])
+        if self.spec.has("H"):
+            self.wait_for(self.output_layer)
+            losses.append(self.lm_loss(full, batch) * scales.lm)
+            self.losses.add(lm=losses[-1])
+        return losses
 
     def backbone(self, batch: RossMicrobatch) -> Tensor:
         """Everything before the heads: V, E, t, N as far as this stage holds them; [s, b, h] or its sequence shard."""

@@ -12,13 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.models.pictures import below_each_other, bytes_to_pil, side_by_side
+from megatron_ross.training.samples import Samples
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+SAMPLES_FOLDER = "samples"
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,43 @@ class RunLog:
         print(_validation_line(metrics, self._train_iters), flush=True)
         self._write(VALIDATION_FILE, "valid", metrics)
 
+    def write_samples(self, iteration: int, samples: Samples) -> None:
+        """Answers and pictures to the run's folder `samples`, TensorBoard and Weights & Biases."""
+        assert self._folder is not None, "without a folder there is nowhere to write to"
+        folder = self._folder / SAMPLES_FOLDER
+        folder.mkdir(exist_ok=True)
+        print(_samples_line(iteration, self._train_iters, samples), flush=True)
+        name = f"iteration-{iteration:07d}"
+        answers = [asdict(answer) for answer in samples.answers]
+        if answers:
+            text = json.dumps({"iteration": iteration, "answers": answers}, indent=1, ensure_ascii=False)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            self._log_answers(iteration, answers)
+        if samples.panels is not None:
+            rows = [side_by_side(bytes_to_pil(row)) for row in samples.panels]
+            grid = below_each_other(rows)
+            grid.save(folder / f"{name}.png")
+            self._log_pictures(iteration, grid)
+
+    def _log_answers(self, iteration: int, answers: list[dict[str, Any]]) -> None:
+        columns = list(answers[0])
+        cells = [[str(answer[column]) for column in columns] for answer in answers]
+        if self._tensorboard is not None:
+            lines = [columns, ["---"] * len(columns), *cells]
+            self._tensorboard.add_text("samples/answers", "\n".join(map(_markdown_row, lines)), iteration)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples/answers": wandb.Table(columns=columns, data=cells)}, step=iteration)
+
+    def _log_pictures(self, iteration: int, grid: Image.Image) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.add_image("samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples/pictures": wandb.Image(grid)}, step=iteration)
+
     def _write(self, file_name: str, prefix: str, metrics: IntervalMetrics | ValidationMetrics) -> None:
         values = _flat(metrics)
         if self._folder is not None:
@@ -232,6 +274,18 @@ def _validation_line(m: ValidationMetrics, train_iters: int) -> str:
         f"lm loss {m.lm_loss:.4f} | recon loss {m.recon_loss:.4f} | tokens {m.num_tokens} | images {m.num_images} | "
         f"seconds {m.seconds:.2f}" + _bad_samples(m.bad_samples)
     )
+
+
+def _samples_line(iteration: int, train_iters: int, samples: Samples) -> str:
+    num_pictures = 0 if samples.panels is None else len(samples.panels)
+    return (
+        f"iteration {iteration:>7}/{train_iters} | {num_pictures} pictures and {len(samples.answers)} answers | "
+        f"seconds {samples.seconds:.2f}"
+    )
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _bad_samples(counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""What is looked at while a run trains: losses taken apart, and validation. docs/observing.md says what one sees."""
+"""What is looked at while a run trains (docs/observing.md): losses taken apart, validation, pictures and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.models.diffusion import NUM_TRAIN_TIMESTEPS
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS
+from megatron_ross.data.tokenizer import load_tokenizer
+from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.loss_breakdown import LossBreakdown, Mean, MeanLosses
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
@@ -23,6 +25,7 @@ from megatron_ross.training.data import (
     source_names,
 )
 from megatron_ross.training.metrics import BrokenDownLosses, RunLog, ValidationMetrics
+from megatron_ross.training.samples import SampleMaker
 from megatron_ross.training.validation import Validation, ValidationResult
 
 
@@ -32,6 +35,8 @@ class Observations:
     Args:
         dataset: the training set.
         assets: folder of the tokenizer.
+        denoiser_pp_rank: pipeline rank with the denoiser; None: plain LLaVA.
+        encoder: loads the VAE for ranks that have none at hand.
         beat: tells the watchdog that something goes on.
     """
 
@@ -43,51 +48,69 @@ class Observations:
         dataset: TrainingSet,
         chunks: list[DistributedDataParallel],
         groups: ParallelGroups,
+        denoiser_pp_rank: int | None,
+        encoder: Callable[[], LatentEncoder],
         beat: Callable[[str], None],
     ) -> None:
-        self._run, self._groups = run, groups
-        self._num_buckets = run.observation.log_timestep_buckets if model.denoiser is not None else 0
-        ends = source_ends(dataset) if run.observation.log_source_losses else []
+        self._run, self._groups, self._beat = run, groups, beat
+        settings = run.observation
+        self._num_buckets = settings.log_timestep_buckets if model.denoiser is not None else 0
+        ends = source_ends(dataset) if settings.log_source_losses else []
         self._names = source_names(run.data) if ends else []
         self._training: LossBreakdown | None = None
+        self._validation: Validation | None = None
+        self._samples: SampleMaker | None = None
         if self._num_buckets or ends:
             self._training = LossBreakdown(current_device(), num_buckets=self._num_buckets, source_ends=ends)
             for chunk in chunks:
                 chunk.module.breakdown = self._training
-        self._validation: Validation | None = None
-        if run.observation.eval_interval is not None:
-            valid = build_valid_dataset(run, model.vision, assets)
-            held_out = dataset if valid is None else valid
-            order = build_valid_order(run, held_out)
+        if settings.eval_interval is None and settings.sample_interval is None:
+            return
+        valid = build_valid_dataset(run, model.vision, assets)
+        held_out = dataset if valid is None else valid
+        order = build_valid_order(run, held_out)
+        if settings.eval_interval is not None:
             letters = {letter for chunk in chunks for letter in chunk.module.spec.letters}
-            self._validation = Validation(
-                run,
-                chunks,
-                groups,
-                build_loader(run, held_out, order, groups, letters=letters),
-                order,
-                LossBreakdown(
-                    current_device(), num_buckets=self._num_buckets, source_ends=ends if valid is None else []
-                ),
-                beat,
+            loader = build_loader(run, held_out, order, groups, letters=letters)
+            breakdown = LossBreakdown(
+                current_device(), num_buckets=self._num_buckets, source_ends=ends if valid is None else []
+            )
+            self._validation = Validation(run, chunks, groups, loader, order, breakdown, beat)
+        if settings.sample_interval is not None:
+            tokenizer = load_tokenizer(assets)
+            self._samples = SampleMaker(
+                run, model, chunks, groups, held_out, order, tokenizer, encoder, denoiser_pp_rank
             )
 
     def is_due(self, iteration: int, train_iters: int) -> bool:
         """Whether `look` has something to do after this iteration."""
-        interval = self._run.observation.eval_interval
-        return interval is not None and (iteration % interval == 0 or iteration == train_iters)
+        intervals = (self._run.observation.eval_interval, self._run.observation.sample_interval)
+        return any(_is_due(interval, iteration, train_iters) for interval in intervals)
 
-    def look(self, iteration: int, consumed_samples: int, log: RunLog | None, should_stop: Callable[[], bool]) -> None:
-        """Validate, and write down what was found.
+    def look(
+        self,
+        iteration: int,
+        train_iters: int,
+        consumed_samples: int,
+        log: RunLog | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Validate, paint and answer, as far as it is due, and write down what was found.
 
         Args:
             log: on the logging rank.
             should_stop: see `Validation.run`.
         """
-        assert self._validation is not None
-        result = self._validation.run(should_stop)
-        if result is not None and log is not None:
-            log.write_validation(self._metrics(iteration, consumed_samples, result))
+        settings = self._run.observation
+        if self._validation is not None and _is_due(settings.eval_interval, iteration, train_iters):
+            result = self._validation.run(should_stop)
+            if result is not None and log is not None:
+                log.write_validation(self._metrics(iteration, consumed_samples, result))
+        if self._samples is not None and _is_due(settings.sample_interval, iteration, train_iters):
+            self._beat(f"samples of iteration {iteration}")
+            samples = self._samples.run()
+            if samples is not None and log is not None:
+                log.write_samples(iteration, samples)
 
     def take_training_losses(self) -> BrokenDownLosses:
         """Means since the last call. One small reduction, at the log's interval."""
@@ -121,6 +144,10 @@ class Observations:
             lm_loss_by_source=_named(self._names, losses.lm_by_source),
             recon_loss_by_source=_named(self._names, losses.recon_by_source, weight),
         )
+
+
+def _is_due(interval: int | None, iteration: int, train_iters: int) -> bool:
+    return interval is not None and (iteration % interval == 0 or iteration == train_iters)
 
 
 def _named(names: list[str], means: list[Mean], weight: float = 1.0) -> dict[str, float]:

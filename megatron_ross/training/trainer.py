@@ -12,7 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ross.checkpoint.loading import base_of, load_checkpoint, load_weights, verify_checkpoint
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.state import training_state
+from megatron_ross.checkpoint.vae import load_latent_encoder
 from megatron_ross.compat import probe
 from megatron_ross.config.cli import write_resolved
 from megatron_ross.config.features import resolve_features
@@ -83,7 +85,15 @@ class Trainer:
             letters={letter for stage in self.stages for letter in stage.spec.letters},
         )
         self.observations = Observations(
-            run, manifest.model, self.assets, self.dataset, self.chunks, groups, self.watchdog.beat
+            run,
+            manifest.model,
+            self.assets,
+            self.dataset,
+            self.chunks,
+            groups,
+            layout.pp_rank_of("D"),
+            lambda: load_latent_encoder(open_checkpoint(self.base)),
+            self.watchdog.beat,
         )
         self.checkpoints = RunCheckpoints(run, self.assets, self._print) if self.folder else None
         self.rerun = start_rerun(run.training.rerun_mode, self.folder)
@@ -132,7 +142,11 @@ class Trainer:
             if not stopped_by and self.observations.is_due(self.iteration, self.train_iters):
                 with interval.paused():
                     self.observations.look(
-                        self.iteration, self.loader.consumed_samples, log, lambda: bool(self._agree(stop))
+                        self.iteration,
+                        self.train_iters,
+                        self.loader.consumed_samples,
+                        log,
+                        lambda: bool(self._agree(stop)),
                     )
             if self._is_save_due():
                 self.save()
