@@ -91,6 +91,9 @@ class RossStage(MegatronModule):
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
 
+    breakdown: LossBreakdown | None = None  # set while someone looks at single losses
+    on_heads: ReadHeads | None = None  # called instead of computing losses
+
     def __init__(
         self,
         model: RossModelConfig,
@@ -119,8 +122,6 @@ class RossStage(MegatronModule):
         self.input_tensor: Tensor | None = None
         self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())
-        self.breakdown: LossBreakdown | None = None  # where someone looks at single losses
-        self.on_heads: ReadHeads | None = None  # instead of losses
         if spec.has("V"):
             self.vision = VisionEncoder(model, config, groups, tower_dtype=vision_tower_dtype)
         if spec.has("E"):

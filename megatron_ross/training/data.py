@@ -113,11 +113,15 @@ def build_valid_order(run: RunConfig, dataset: TrainingSet) -> FixedOrder:
         dataset: from `build_valid_dataset`, or the training set.
     """
     data = run.data
-    ids = None if data.valid_data_path else _held_out(run, dataset)
-    order = SampleOrder(len(dataset), ids=ids)
+    order = valid_samples(run, dataset)
     if data.packing:
         order = PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
     return validation_order(order, data.global_batch_size, run.observation.eval_iters)
+
+
+def valid_samples(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
+    """All held-out samples in an order that no setting changes; the first epoch counts. Arguments as above."""
+    return SampleOrder(len(dataset), ids=None if run.data.valid_data_path else _held_out(run, dataset))
 
 
 def _held_out(run: RunConfig, dataset: TrainingSet) -> np.ndarray:

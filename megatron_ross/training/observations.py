@@ -23,6 +23,7 @@ from megatron_ross.training.data import (
     build_valid_order,
     source_ends,
     source_names,
+    valid_samples,
 )
 from megatron_ross.training.metrics import BrokenDownLosses, RunLog, ValidationMetrics
 from megatron_ross.training.samples import SampleMaker
@@ -68,8 +69,8 @@ class Observations:
             return
         valid = build_valid_dataset(run, model.vision, assets)
         held_out = dataset if valid is None else valid
-        order = build_valid_order(run, held_out)
         if settings.eval_interval is not None:
+            order = build_valid_order(run, held_out)
             letters = {letter for chunk in chunks for letter in chunk.module.spec.letters}
             loader = build_loader(run, held_out, order, groups, letters=letters)
             breakdown = LossBreakdown(
@@ -78,9 +79,8 @@ class Observations:
             self._validation = Validation(run, chunks, groups, loader, order, breakdown, beat)
         if settings.sample_interval is not None:
             tokenizer = load_tokenizer(assets)
-            self._samples = SampleMaker(
-                run, model, chunks, groups, held_out, order, tokenizer, encoder, denoiser_pp_rank
-            )
+            ids = valid_samples(run, held_out).epoch_ids(0).tolist()
+            self._samples = SampleMaker(run, model, chunks, groups, held_out, ids, tokenizer, encoder, denoiser_pp_rank)
 
     def is_due(self, iteration: int, train_iters: int) -> bool:
         """Whether `look` has something to do after this iteration."""

@@ -23,7 +23,6 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.batch import RossSample
 from megatron_ross.data.conversation import first_question
 from megatron_ross.data.errors import SampleError
-from megatron_ross.data.held_out import NO_SAMPLE, FixedOrder
 from megatron_ross.data.records import Record
 from megatron_ross.data.tokenizer import TextTokenizer
 from megatron_ross.models.latents import LatentEncoder
@@ -64,9 +63,9 @@ class SampleMaker:
     """Chooses samples once, and runs them through the model when asked. Making it is a collective call.
 
     Args:
-        dataset, order: held-out samples; the first of them that have images are taken.
+        dataset, ids: held-out samples; the first of them that have images are taken.
         encoder: loads the VAE where the model has none at hand (`latent_cache`).
-        has_denoiser_at: pipeline rank with the denoiser; None: plain LLaVA.
+        denoiser_pp_rank: pipeline rank with the denoiser; None: plain LLaVA.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class SampleMaker:
         chunks: list[DistributedDataParallel],
         groups: ParallelGroups,
         dataset: TrainingSet,
-        order: FixedOrder,
+        ids: Sequence[int],
         tokenizer: TextTokenizer,
         encoder: Callable[[], LatentEncoder],
         denoiser_pp_rank: int | None,
@@ -86,8 +85,7 @@ class SampleMaker:
         self._encoder: LatentEncoder | None = None
         settings = run.observation
         num_pictures = settings.num_pictures if denoiser_pp_rank is not None else 0
-        ids = [sample_id for keys in order.sequences(0, order.num_sequences) for _, sample_id in keys]
-        chosen = _choose(dataset, [i for i in ids if i != NO_SAMPLE], max(num_pictures, settings.num_answers))
+        chosen = _choose(dataset, ids, max(num_pictures, settings.num_answers))
         self._questions = [question for question, _ in chosen]
         self._records = [record for _, record in chosen]
         self._num_answers = min(len(chosen), settings.num_answers)

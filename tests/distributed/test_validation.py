@@ -147,9 +147,9 @@ def assert_same_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     ("ranks", "flat"),
     [
         pytest.param(2, ONE | OVERLAP, id="dp2, overlapped"),
-        pytest.param(2, SP, id="sequence parallel"),
+        pytest.param(2, SP, id="sequence parallel", marks=pytest.mark.slow),
         pytest.param(4, TP2PP2, id="tp2 pp2"),
-        pytest.param(4, PP4, id="pp4, heads on two ranks"),
+        pytest.param(4, PP4, id="pp4, heads on two ranks", marks=pytest.mark.slow),
         pytest.param(2, VPP2 | OVERLAP, id="pp2 vpp2"),
         pytest.param(1, ONE | RECOMPUTE | {"lm_head_chunk_tokens": 3, "micro_batch_size": 4}, id="chunked, recomputed"),
     ],
@@ -176,7 +176,7 @@ def test_packs_and_batch_sizes_change_nothing(settings: dict[str, Any], tmp_path
 @pytest.mark.parametrize(
     ("ranks", "flat"),
     [
-        pytest.param(4, TP2PP2, id="tp2 pp2"),
+        pytest.param(4, TP2PP2, id="tp2 pp2", marks=pytest.mark.slow),
         pytest.param(2, ONE | OVERLAP | RECOMPUTE, id="dp2, overlapped and recomputed"),
         pytest.param(
             4,
