@@ -75,11 +75,19 @@ def resolve_features(run: RunConfig, available: Available) -> Features:
     _check_data_parallel_overlap(run)
     _check_tensor_parallel_overlap(run, available, features)
     _check_accumulation_fusion(run.compute, available, features)
-    if run.training.log_straggler and available.gpu is None:
+    if run.training.log_straggler:
+        _check_straggler(available)
+    return features
+
+
+def _check_straggler(available: Available) -> None:
+    if available.gpu is None:
         raise refuse(
             "log_straggler", True, "Megatron's detector times CUDA events, and torch sees no GPU", "leave it out"
         )
-    return features
+    if not available.nvml:
+        reason = "Megatron's detector reads the GPU's temperature, power and clock through pynvml, which is missing"
+        raise refuse("log_straggler", True, reason, "pip install nvidia-ml-py")
 
 
 def refuse(name: str, value: object, reason: str, fix: str) -> ConfigError:

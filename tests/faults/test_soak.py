@@ -26,7 +26,7 @@ pytestmark = pytest.mark.faults
 STEPS, SAMPLED_EVERY = 2000, 20
 SAVE_INTERVAL, EVAL_INTERVAL = 50, 100
 MAX_GROWTH = 0.02
-LIMIT_S = 3000.0
+LIMIT_S = 1800.0
 
 
 def _spoil(settings: dict[str, Any]) -> None:

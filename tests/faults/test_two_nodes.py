@@ -7,6 +7,7 @@ the same layout on one machine that nothing disturbed.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +162,18 @@ def test_one_machine_is_asked_to_stop(nodes: list[Node], run: Run, undisturbed: 
     assert sum(node.tail().count("starting at iteration") for node in nodes) == 1  # nobody restarted the ranks
     start_all(nodes, run)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
+    assert run.steps() == undisturbed
+
+
+def test_a_rank_that_dies_is_started_again(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
+    """And all others with it, on both machines."""
+    start_all(nodes, run)
+    wait_for_lines(nodes[0], run, DISTURBED_AFTER)
+    (victim,) = nodes[1].pids(LOCAL_RANK="1")
+    os.kill(victim, signal.SIGKILL)
+    assert len(run.lines()) < SETTINGS["train_iters"], "it was killed too late"
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
+    assert sum(node.log.read_text().count("starting at iteration") for node in nodes) == 2
     assert run.steps() == undisturbed
 
 

@@ -37,21 +37,21 @@ def test_a_saved_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_latest_is_resumed(tmp_path: Path) -> None:
+    """Twice in a row, even: the second time, two checkpoints are complete."""
+    _write(tmp_path, 4)
     _write(tmp_path, 5)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     assert is_resume(_run(tmp_path))
     assert start_path(_run(tmp_path)) == iteration_dir(tmp_path / "checkpoints", 5)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "another iteration", "no latest"])
+@pytest.mark.parametrize("damage", ["garbage", "another iteration"])
 def test_damage_is_not_taken_for_a_new_run(damage: str, tmp_path: Path) -> None:
-    _write(tmp_path, 4)
     _write(tmp_path, 5)
     latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     {
         "garbage": lambda: latest.write_text("\0\0"),
         "another iteration": lambda: latest.write_text("7\n"),
-        "no latest": latest.unlink,
     }[damage]()
     with pytest.raises(ConfigError, match=r"load=.*iter_0000005 to go on from the newest"):
         is_resume(_run(tmp_path))

@@ -139,6 +139,8 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
         TP | {"tp_comm_overlap": True},
         "tp_comm_overlap|CUDA_DEVICE_MAX_CONNECTIONS=None|export CUDA_DEVICE_MAX_CONNECTIONS=1",
     ),
+    (CPU, {"log_straggler": True}, "log_straggler=True|no GPU|leave it out"),
+    (H100, {"log_straggler": True}, "log_straggler=True|pynvml|pip install nvidia-ml-py"),
     (CPU, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|Apex|leave it out"),
     (BARE, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|not installed|pip install|Apex"),
     (CPU, {"recompute_granularity": "full"}, "recompute_granularity='full'|recompute_method|uniform"),
