@@ -200,8 +200,9 @@ def _has_image(dataset: TrainingSet, sample_id: int) -> bool:
 
 def _decoded(question: RossSample) -> RossSample:
     """With pixels in memory: they are asked for in every pass. Raises ImageError."""
-    images = []
-    for span in question.images:
-        pixels = span.load_pixels()
-        images.append(replace(span, load_pixels=lambda pixels=pixels: pixels))
-    return replace(question, images=tuple(images))
+    images = tuple(replace(span, load_pixels=_kept(span.load_pixels())) for span in question.images)
+    return replace(question, images=images)
+
+
+def _kept(pixels: Tensor) -> Callable[[], Tensor]:
+    return lambda: pixels

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.evaluation.answers import answer_batch
 from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
 from megatron_ross.models.pictures import PANEL_GAP_PX, to_pil
 from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import gather_parameters
+from megatron_ross.training.latents import CachingOptions, cache_data_set
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.toy_run import with_trainer, write_data
@@ -206,6 +208,22 @@ def test_every_layout_gives_the_same(
 
 
 @pytest.mark.distributed
+def test_cached_latents(alone: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The cache covers held-out samples, too; no rank has the VAE, so the one that paints loads it."""
+    cache = tmp_path / "cache"
+    cache_data_set(RunConfig.from_flat(settings), cache, CachingOptions(num_workers=1, show_progress=False))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    flat = settings | STILL | {"latent_cache": str(cache), "save": str(folder), "eval_interval": 1}
+    run_ranks(trained, 2, flat | {"pipeline_model_parallel_size": 2, "layout": "VEt*2|t*2NDH"})
+    assert answers(folder, 1) == answers(alone, 1)
+    assert close(panels(folder, 1), panels(alone, 1))
+    (validation,) = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert validation["num_images"] > 0
+    assert validation["recon_loss"] > 0.5
+
+
+@pytest.mark.distributed
 def test_a_model_without_denoiser_answers(settings: dict[str, Any], tmp_path: Path) -> None:
     stored = make_variant(tmp_path / "llava", "qwen2_siglip", without_denoiser)
     flat = settings | {"init_from": str(stored.path), "pipeline_model_parallel_size": 2, "layout": "VEt*2|t*2NH"}
@@ -218,6 +236,6 @@ def test_a_model_without_denoiser_answers(settings: dict[str, Any], tmp_path: Pa
 @pytest.mark.distributed
 @pytest.mark.parametrize(("off", "suffix"), [("num_answers", ".png"), ("num_pictures", ".json")])
 def test_each_can_be_turned_off(off: str, suffix: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    flat = settings | ONE | WATCH | {off: 0, "train_iters": 1, "save": str(tmp_path)}
+    flat = settings | ONE | WATCH | {off: 0, "train_iters": 1, "save": str(tmp_path), "tensorboard": True}
     run_ranks(trained, 1, flat)
     assert [path.suffix for path in (tmp_path / "samples").iterdir()] == [suffix]
