@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,6 @@ SETTINGS = {
 }
 
 Steps = list[tuple[int, float, float, float]]
-Start = Callable[..., Node]
 
 
 class Run:
