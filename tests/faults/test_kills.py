@@ -185,7 +185,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(expected: Any, run:
         code, saved = run.start([stop]), run.manifest().iteration
         assert f"stopped by {stop['signal']} after iteration {saved}" in run.tail()
         assert run.starts()[-1] == resumed_at
-        assert stop["iteration"] <= saved <= stop["iteration"] + 2  # torchrun needs a while to hand it on
+        late = 4 if stop["point"] == "write" else 0  # steps that go on beside a slow writer, until the next save is due
+        assert stop["iteration"] <= saved <= stop["iteration"] + late
         assert code == 0 or "to" in stop, run.tail()  # torchrun itself, when it gets a signal, never ends with 0
         resumed_at = saved
     assert run.start([]) == 0, run.tail()
