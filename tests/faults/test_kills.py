@@ -22,12 +22,15 @@ import pytest
 
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from tests.helpers import faulty_training
+from tests.helpers.distributed import run_ranks
 from tests.helpers.sources import ROOT
-from tests.helpers.toy_run import write_data
+from tests.helpers.toy_run import train, write_data
 from tests.helpers.variants import make_variant
 
 pytestmark = pytest.mark.faults
 NUM_RANKS, ITERATIONS, NUM_RANDOM = 4, 24, 20
+START_S, RESTART_S = 900.0, 90.0
+"""Limits on a machine that has a lot else to do."""
 
 
 class Run:
@@ -35,12 +38,14 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.log, self.faults = folder, folder / "log", folder / "faults.json"
-        flat = settings | {"save": str(folder), "load": str(folder), "train_iters": ITERATIONS}
-        self._arguments = [text for name, value in flat.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        self.settings = settings | {"save": str(folder), "load": str(folder), "train_iters": ITERATIONS}
 
     def start(self, faults: list[dict[str, Any]], max_restarts: int = 0) -> int:
         """Train until torchrun ends; its exit code. Nothing that it started is left."""
         self.faults.write_text(json.dumps(faults))
+        arguments = [
+            text for name, value in self.settings.items() for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
         command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.preloaded_torchrun", "--standalone"]
         command += ["--nproc-per-node", str(NUM_RANKS), "--max-restarts", str(max_restarts)]
         command += ["--signals-to-handle", "SIGTERM,SIGUSR1", faulty_training.__file__, str(self.faults)]
@@ -51,7 +56,7 @@ class Run:
         }
         with self.log.open("ab") as out:
             process = subprocess.Popen(
-                [*command, *self._arguments],
+                [*command, *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdout=out,
@@ -59,7 +64,7 @@ class Run:
                 start_new_session=True,
             )
         try:
-            return process.wait(180 + 60 * max_restarts)
+            return process.wait(START_S + RESTART_S * max_restarts)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"torchrun did not end in time:\n{self.tail()}") from None
         finally:
@@ -114,9 +119,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Any, ...]], str]:
-    """What a run without faults does."""
+    """What four ranks do without torchrun and without faults."""
     run = Run(tmp_path_factory.mktemp("uninterrupted"), settings)
-    assert run.start([]) == 0, run.tail()
+    assert run_ranks(train, NUM_RANKS, run.settings, timeout_s=START_S) == [""] * NUM_RANKS
     rows, digest = run.history()
     assert [row[0] for row in rows] == list(range(1, ITERATIONS + 1))
     assert len(set(rows)) == ITERATIONS  # it does train
@@ -180,7 +185,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(expected: Any, run:
         code, saved = run.start([stop]), run.manifest().iteration
         assert f"stopped by {stop['signal']} after iteration {saved}" in run.tail()
         assert run.starts()[-1] == resumed_at
-        assert stop["iteration"] <= saved <= stop["iteration"] + 2  # torchrun needs a while to hand it on
+        late = 4 if stop["point"] == "write" else 0  # steps that go on beside a slow writer, until the next save is due
+        assert stop["iteration"] <= saved <= stop["iteration"] + late
         assert code == 0 or "to" in stop, run.tail()  # torchrun itself, when it gets a signal, never ends with 0
         resumed_at = saved
     assert run.start([]) == 0, run.tail()

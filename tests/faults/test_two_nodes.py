@@ -10,14 +10,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.nodes import Node, free_port
+from tests.helpers.distributed import run_ranks
+from tests.helpers.nodes import LIMIT_S, Node, free_port
 from tests.helpers.sources import ROOT
-from tests.helpers.toy_run import write_data
+from tests.helpers.toy_run import train, write_data
 from tests.helpers.variants import make_variant
 
 pytestmark = pytest.mark.faults
@@ -39,7 +40,6 @@ SETTINGS = {
 }
 
 Steps = list[tuple[int, float, float, float]]
-Start = Callable[..., Node]
 
 
 class Run:
@@ -76,15 +76,10 @@ def run(settings: dict, tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """The four ranks on one machine."""
-    folder = tmp_path_factory.mktemp("alone")
-    run = Run(folder / "run", settings)
-    node = torchrun_node(folder, 0, free_port(), NNODES="1", GPUS_PER_NODE=str(2 * RANKS_PER_NODE))
-    try:
-        node.start("torchrun.sh", "--config", str(run.config))
-        assert node.wait() == 0, node.tail()
-    finally:
-        node.lose_power()
+    """The four ranks on one machine, started without a script."""
+    run = Run(tmp_path_factory.mktemp("alone") / "run", settings)
+    ranks = 2 * RANKS_PER_NODE
+    assert run_ranks(train, ranks, settings | {"save": str(run.folder)}, timeout_s=LIMIT_S) == [""] * ranks
     steps = run.steps()
     assert [step[0] for step in steps] == list(range(1, SETTINGS["train_iters"] + 1))
     assert len(set(steps)) == len(steps)  # training does something
@@ -125,12 +120,6 @@ def wait_for_lines(node: Node, run: Run, count: int) -> None:
 def wait_for_new_line(node: Node, run: Run, old: list[str]) -> None:
     """A line that the run wrote after it was started again; times differ, so no two lines are the same."""
     node.wait_until(lambda: any(line not in old for line in run.lines()), "an iteration after the restart")
-
-
-def test_two_machines_compute_what_one_computes(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
-    start_all(nodes, run)
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
-    assert run.steps() == undisturbed
 
 
 def test_another_machine_replaces_a_lost_one(

@@ -4,7 +4,8 @@ FAULTS is a JSON file with a list; the n-th entry belongs to the n-th start of t
 entry says who gets which signal where: {"ranks": [2], "iteration": 5, "point": "forward"}. Points: `start` (before the
 first step), `forward` and `optimizer` of a step, `write` (of a checkpoint's files) and `publish` (after its folder has
 its name, before `latest` is written). `signal` is a name, SIGKILL if it is left out. With `"to": "torchrun"`, the ranks
-send it to torchrun instead. FAULTS.sent has a line for every signal: the number of the start.
+send it to torchrun instead, and wait until it comes back to them. FAULTS.sent has a line for every signal: the number
+of the start.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,15 @@ def plant(fault: dict[str, Any], note: Callable[[], None]) -> None:
     def send() -> None:
         note()
         os.kill(pid, number)
+        while pid != os.getpid() and not _is_asked_to_stop():
+            time.sleep(0.01)
 
     setattr(owner, name, _once_before(getattr(owner, name), is_time, send))
+
+
+def _is_asked_to_stop() -> bool:
+    """Torchrun has handed the signal on: the trainer's handler has started the clock of its grace period."""
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from unittest import mock
 
@@ -22,7 +23,8 @@ def test_the_detector_is_asked_what_it_can_be_asked(monkeypatch: pytest.MonkeyPa
     report.step()
     report.report(1e15, 10)
     detector.configure.assert_called_once_with(8, 3, mmcnt=4, amp=1.0, enabled=True)
-    detector.assert_called_once_with(bdata=False)
+    assert detector.call_args_list == [mock.call(bdata=False)]
+    inspect.signature(StragglerDetector.__call__).bind(detector, bdata=False)
     detector.report.assert_called_once_with(1e15, 10)
 
 
