@@ -152,7 +152,7 @@ def test_one_command_from_a_training_checkpoint_on_one_and_two_ranks(
     for launcher, name in ((torchrun, "two"), ([], "one")):
         words = [sys.executable, *launcher, str(ROOT / "tools" / "evaluate.py")]
         words += command(root, local, tmp_path / name, tasks)
-        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         summary = json.loads((tmp_path / name / "results.json").read_text())
         found.append({entry["task"]: entry["scores"] for entry in summary["results"]})
@@ -186,13 +186,9 @@ def test_failures_end_with_status_1_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """lmms-eval's own command line would end with status 0."""
-    import lmms_eval.tasks
     import tenacity.nap
 
     monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
-    real = lmms_eval.tasks.TaskManager
-    defaults = task == "gqa"
-    monkeypatch.setattr(lmms_eval.tasks, "TaskManager", lambda *a, **k: real(*a, **k, include_defaults=defaults))
     assert main(command(stored.composite, local, tmp_path / "results", task)) == 1
     lines = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()
     assert lines[-1].startswith("error: ")
