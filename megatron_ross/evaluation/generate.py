@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from megatron_ross.convert.checked_fields import read_json
+from megatron_ross.config.json_files import read_json
 from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.data.images import decode_image
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
