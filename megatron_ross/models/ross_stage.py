@@ -81,7 +81,7 @@ class RossStage(MegatronModule):
         groups: this rank's process groups.
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
-        seed, num_noise_draws, denoiser_dtype, cached_latents: see `ReconstructionHead`.
+        seed, num_noise_draws, recon_objective, denoiser_dtype, cached_latents: see `ReconstructionHead`.
         vision_tower_dtype: see `VisionEncoder`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
@@ -98,6 +98,7 @@ class RossStage(MegatronModule):
         vp_stage: int | None,
         seed: int,
         num_noise_draws: int,
+        recon_objective: str = "denoise",
         denoiser_dtype: str = "fp32",
         vision_tower_dtype: str | None = None,
         lm_head_chunk_tokens: int,
@@ -140,6 +141,7 @@ class RossStage(MegatronModule):
                 groups,
                 seed=seed,
                 num_draws=num_noise_draws,
+                objective=recon_objective,
                 compute_dtype=denoiser_dtype,
                 cached_latents=cached_latents,
             )
@@ -200,7 +202,7 @@ class RossStage(MegatronModule):
             )  # [s, b, h]
             if self.spec.has("D"):
                 self.wait_for(self.reconstruction)
-                losses.append(self.reconstruction(full, batch) * scales.recon)
+                losses.append(self.reconstruction(full, batch, skip=scales.recon == 0) * scales.recon)
                 self.losses.add(recon=losses[-1])
             if self.spec.has("H"):
                 self.wait_for(self.output_layer)

@@ -49,6 +49,7 @@ def build_stages(
             vp_stage=chunk if len(chunks) > 1 else None,
             seed=run.loss.seed,
             num_noise_draws=run.loss.num_noise_draws,
+            recon_objective=run.loss.recon_objective,
             denoiser_dtype=run.compute.denoiser_dtype,
             vision_tower_dtype=run.compute.vision_tower_dtype,
             lm_head_chunk_tokens=run.compute.lm_head_chunk_tokens,
