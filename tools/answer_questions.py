@@ -1,6 +1,6 @@
 """Answer held-out questions with short answers; accuracy and answer likelihood per category.
 
-    python tools/answer_questions.py --checkpoint DIR --questions heldout.json --images FOLDER --output answers.json
+python tools/answer_questions.py --checkpoint DIR --questions heldout.json --images FOLDER --output answers.json
 """
 
 from __future__ import annotations

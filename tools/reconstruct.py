@@ -23,7 +23,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--images", type=str, required=True, help="folder of image files")
     parser.add_argument("--output", type=str, required=True, help="folder for pictures and figures.csv")
     parser.add_argument(
-        "--steps", type=str | None, default=None, help="sampling steps: a number (default 1000), or sections as in 6,6,1"
+        "--steps", type=str | None, default=None, help="sampling steps: a number (default 1000), or sections like 6,6,1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(

@@ -160,7 +160,7 @@ def resolve_layout(
 
 
 def _check_objective(run: RunConfig, model: RossModelConfig) -> None:
-    """A denoiser that regresses knows no noise. One that says `denoise` may as well be untrained: it can learn either."""
+    """A denoiser that regresses knows no noise. One that says `denoise` may be untrained, so it may learn either."""
     asked = run.loss.recon_objective
     if model.denoiser is not None and model.denoiser.objective == "regress" and asked != "regress":
         raise ConfigError(

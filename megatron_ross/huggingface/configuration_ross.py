@@ -64,9 +64,7 @@ class RossFields:
         """The denoiser; None in a plain LLaVA."""
         if self.mm_inv_projector_type is None or self.vae_config is None:
             return None
-        return denoiser_config(
-            self.mm_inv_projector_type, self.mm_inv_projector_width, self.mm_inv_projector_objective
-        )
+        return denoiser_config(self.mm_inv_projector_type, self.mm_inv_projector_width, self.mm_inv_projector_objective)
 
     @property
     def vae(self) -> VaeConfig | None:

@@ -241,7 +241,7 @@ class RossForConditionalGeneration:
         """
         denoiser = self._denoiser()
         if denoiser.config.objective != "denoise":
-            raise ValueError("the checkpoint's denoiser gives latents in one pass (regress): there is nothing to sample")
+            raise ValueError("the checkpoint's denoiser gives latents in one pass (regress): nothing is sampled")
         embedded = denoiser.embed_condition(condition)
         tables = respace(cosine_tables(), steps).to(x_T.device)
         return sample(lambda x, t: denoiser.predict_noise(x, t, embedded), x_T, noise_fn, tables)
