@@ -106,16 +106,14 @@ def answer_losses(
     answers: Sequence[str],
 ) -> list[float]:
     """Mean negative log likelihood per token, in nats, of each answer and the token that ends it."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
+    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in questions]
+    prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     inputs = processor(text=prompts, images=images).to(model.device)
-    end = processor.tokenizer.eos_token_id
-    ids = [torch.tensor([*processor.text_tokenizer.encode(answer), end]) for answer in answers]
+    ids = []
+    for turn, prompt, answer in zip(turns, prompts, answers, strict=True):
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = processor.apply_chat_template([*turn, reply])
+        ids.append(torch.tensor(processor.text_tokenizer.encode(whole.removeprefix(prompt))))
     answer_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
     lengths = torch.tensor([len(row) for row in ids], device=model.device)
     known = torch.arange(answer_ids.shape[1], device=model.device) < lengths[:, None]

@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME
+from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME
 from megatron_ross.evaluation.ablation.plan import AblationConfig, Run
 from megatron_ross.evaluation.ablation.results import RESULT_NAME, collect_result, is_finished
 
@@ -48,27 +48,48 @@ def start_folder(config: AblationConfig, seed: int) -> Path:
     return Path(config.output) / "start" / f"seed{seed}"
 
 
-def start_step(config: AblationConfig, seed: int) -> Step:
-    """Convert the shared parts, with projector and denoiser fresh from `seed`."""
+def common_training(config: AblationConfig, seed: int) -> Path:
+    """Run folder of the training that all arms of a seed have in common."""
+    return Path(config.output) / "start" / f"seed{seed}-trained"
+
+
+def init_from(config: AblationConfig, seed: int) -> Path:
+    """The checkpoint that the arms of one seed start from."""
+    return common_training(config, seed) / CHECKPOINTS_NAME if config.start.train else start_folder(config, seed)
+
+
+def start_steps(config: AblationConfig, seed: int) -> list[Step]:
+    """Convert the shared parts, with projector and denoiser fresh from `seed`, and train what arms have in common."""
     start = config.start
     command = [sys.executable, "tools/convert_hf_to_megatron.py", "--llm", start.llm, "--vae", start.vae]
     command += ["--vision-tower", start.vision_tower, "--denoiser-type", start.denoiser_type, "--seed", str(seed)]
     if start.denoiser_width is not None:
         command += ["--denoiser-width", str(start.denoiser_width)]
     folder = start_folder(config, seed)
-    return Step("conversion", [*command, "--output", str(folder)], folder)
+    steps = [Step("conversion", [*command, "--output", str(folder)], folder)]
+    if config.start.train:
+        save = str(common_training(config, seed))
+        configs = [part for path in config.start.train for part in ("--config", path)]
+        own = ["--init-from", str(folder), "--save", save, "--load", save, "--seed", str(seed)]
+        product = init_from(config, seed) / LATEST_NAME
+        steps.append(Step("common training", [*launcher(config), "pretrain_ross.py", *configs, *own], product))
+    return steps
+
+
+def launcher(config: AblationConfig) -> list[str]:
+    """What starts a training on the ablation's number of processes."""
+    if config.processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
 
 
 def run_steps(config: AblationConfig, run: Run) -> list[Step]:
     """Train, export, answer and, where the denoiser has learned, reconstruct."""
     python, trained, exported = sys.executable, run.folder / "run", run.folder / "hf"
-    launcher = [python]
-    if config.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     configs = [part for path in (*config.train, overlay_path(run)) for part in ("--config", str(path))]
     answer = ["--checkpoint", str(exported), "--questions", config.questions, "--images", config.image_folder]
     steps = [
-        Step("training", [*launcher, "pretrain_ross.py", *configs]),
+        Step("training", [*launcher(config), "pretrain_ross.py", *configs]),
         Step(
             "export",
             [
@@ -94,7 +115,7 @@ def overlay_path(run: Run) -> Path:
 def overlay(config: AblationConfig, run: Run) -> dict[str, Any]:
     """Settings in which this run differs from the files that all share."""
     trained = str(run.folder / "run")
-    own = {"init_from": str(start_folder(config, run.seed)), "save": trained, "load": trained, "seed": run.seed}
+    own = {"init_from": str(init_from(config, run.seed)), "save": trained, "load": trained, "seed": run.seed}
     return {**config.shared, **run.arm.settings, **own}
 
 
@@ -111,11 +132,13 @@ def execute(config: AblationConfig, runs: Sequence[Run], jobs: int, root: Path, 
     pending = [run for run in runs if not is_finished(run, overlay(config, run))]
     say(f"{len(runs)} runs, {len(runs) - len(pending)} of them finished before; {jobs} at a time")
     stop = threading.Event()
-    log_folder = Path(config.output) / "start"
-    log_folder.mkdir(parents=True, exist_ok=True)
-    for seed in sorted({run.seed for run in pending}):
-        _run_step(start_step(config, seed), f"start, seed {seed}", root / log_folder / f"seed{seed}.log", root, stop)
     done = 0
+
+    def make_start(seed: int) -> None:
+        log = start_folder(config, seed).parent / f"seed{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for step in start_steps(config, seed):
+            _run_step(step, f"start, seed {seed}", log, root, stop)
 
     def carry_out(run: Run) -> None:
         nonlocal done
@@ -125,15 +148,19 @@ def execute(config: AblationConfig, runs: Sequence[Run], jobs: int, root: Path, 
         say(f"{done}/{len(pending)} {run.name}: {time.monotonic() - begin:.0f} s")
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(carry_out, run) for run in pending]
         try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            _all([pool.submit(make_start, seed) for seed in sorted({run.seed for run in pending})])
+            _all([pool.submit(carry_out, run) for run in pending])
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    errors = [error for future in finished if (error := future.exception()) is not None]
-    if errors:
-        raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
+
+
+def _all(futures: list[Future[None]]) -> None:
+    """Wait for all, or raise the first error of one."""
+    finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in finished:
+        future.result()
 
 
 class _Stopped(RuntimeError):

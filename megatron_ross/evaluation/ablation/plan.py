@@ -50,13 +50,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Start:
-    """Hugging Face parts every run starts from; projector and denoiser are fresh and depend on the seed only."""
+    """Hugging Face parts every run starts from; projector and denoiser are fresh and depend on the seed only.
+
+    `train` are the configuration files of a training that all arms of a seed have in common; none: there is none.
+    """
 
     llm: str
     vision_tower: str
     vae: str
     denoiser_type: str = "denoiser_vit3x"
     denoiser_width: int | None = None
+    train: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def read_ablation(path: Path) -> AblationConfig:
             **{
                 **values,
                 "train": tuple(values["train"]),
-                "start": Start(**values["start"]),
+                "start": Start(**{**values["start"], "train": tuple(values["start"].get("train", ()))}),
                 "paint": Painting(**values["paint"]),
                 "groups": tuple(_group(group) for group in values["groups"]),
             }

@@ -50,7 +50,7 @@ def write_ablation(folder: Path, *changes: Change) -> Path:
     for change in changes:
         change(values)
     path = folder / "ablation.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 

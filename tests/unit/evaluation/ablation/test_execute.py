@@ -23,7 +23,7 @@ class Scripts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.code: dict[str, str] = {}
-        monkeypatch.setattr(module, "start_step", lambda config, seed: Step("conversion", self._command("start")))
+        monkeypatch.setattr(module, "start_steps", lambda config, seed: [Step("conversion", self._command("start"))])
         monkeypatch.setattr(module, "run_steps", lambda config, run: [self.step(run)])
         monkeypatch.setattr(module, "collect_result", lambda run, settings: _result(settings))
 
