@@ -51,7 +51,7 @@ EXTRAS_REQUIRE = {
     "flash-attn": ["flash-attn>=2.8"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3"],
     "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<3"],
-    "eval": ["accelerate>=1.15", "datasets>=5.2", "scikit-image>=0.25"],
+    "eval": ["accelerate>=1.15", "datasets>=5.2", "scikit-image>=0.25", "scipy>=1.15"],
     "wandb": ["wandb>=0.22"],
     # scikit-image and scipy: photographs and pictures. DALI decodes on CPU too.
     "quickstart": ["nvidia-dali-cuda130>=2.4,<3", "scikit-image>=0.25", "scipy>=1.15"],
