@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import torch
+from environment import environment
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
@@ -214,26 +213,6 @@ def seconds_or_none(timer: Callable[[Callable[[], Any]], float], run: Callable[[
         return None
 
 
-def environment(device: str, bandwidth: float, size: Size) -> dict[str, Any]:
-    """Where and of what the figures are."""
-    import triton
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "copy_gigabytes_per_second": bandwidth / 1e9,
-        "size": asdict(size),
-        "dry_run": device != "cuda",
-    }
-
-
 def table(results: list[Result]) -> str:
     """Results as text."""
     lines = ["kernel               dtype      MB   kernel us    GB/s  of copy  eager x  compile x"]
@@ -282,13 +261,19 @@ def main(argv: list[str] | None = None) -> int:
         device, size, timer, backend = "cpu", Size(1, 2, 8), time_once, "eager"
     bandwidth = copy_bandwidth(timer, 2**20 if options.dry_run else 2**30, device)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", flush=True)
-    results = []
+    about = {
+        **environment(),
+        "copy_gigabytes_per_second": bandwidth / 1e9,
+        "size": asdict(size),
+        "dry_run": options.dry_run,
+    }
+    results: list[Result] = []
     for dtype in options.dtypes:
-        for cases in (noise_cases, adaln_cases):
-            results += [measure(case, bandwidth, timer, backend) for case in cases(size, dtype, device)]
+        for case in (*noise_cases(size, dtype, device), *adaln_cases(size, dtype, device)):
+            results.append(measure(case, bandwidth, timer, backend))
+            if options.json is not None:  # after each case: whatever ends this early, what was measured is there
+                write_json(options.json, about, results)
     print(table(results))
-    if options.json is not None:
-        write_json(options.json, environment(device, bandwidth, size), results)
     return 0
 
 

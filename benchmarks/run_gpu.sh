@@ -8,8 +8,9 @@
 # Every part has a budget in seconds and is ended when it is spent; a part that fails does not stop the others. Each
 # leaves NAME.log, and a benchmark its JSON. summary.txt says how every part went. Exit code: 0, or 1 if a part failed.
 #
-# PYTHON is the interpreter (default python3). PARTS replaces the table below: lines of "name budget command", which
-# see OUT and PYTHON. TOTAL is the budget of all of them (default 530 s): what is left bounds every part.
+# PYTHON is the interpreter (default python3). WHEELS names a folder of wheels that the host lacks, from `pip download`;
+# they are put before its packages, for this run only. PARTS replaces the table below: lines of "name budget command",
+# which see OUT and PYTHON. TOTAL is the budget of all of them (default 530 s): what is left bounds every part.
 set -u
 
 dry_run=
@@ -22,10 +23,19 @@ OUT=${1:-runs/gpu}
 PYTHON=${PYTHON:-python3}
 TOTAL=${TOTAL:-530}
 PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+if [ -n "${WHEELS:-}" ]; then PYTHONPATH=$site:$PYTHONPATH; fi
+# TransformerEngine compiles some kernels when it first needs them, and does not always find CUDA's headers itself.
+export NVTE_FRAMEWORK="${NVTE_FRAMEWORK:-pytorch}"
+if [ -z "${NVTE_CUDA_INCLUDE_DIR:-}" ] && [ -d "${CUDA_HOME:-/usr/local/cuda}/include" ]; then
+    export NVTE_CUDA_INCLUDE_DIR="${CUDA_HOME:-/usr/local/cuda}/include"
+fi
 export OUT PYTHON PYTHONPATH PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ -z "${PARTS:-}" ]; then
     step="$PYTHON benchmarks/bench_step.py"
+    tests="tests/kernels tests/distributed/test_gpu_features.py tests/unit/data/test_dali_images.py"
     if [ -n "$dry_run" ]; then
         size="--size tiny --rounds 1 --memory false"
         PARTS="
@@ -34,17 +44,25 @@ kernels 120 $PYTHON benchmarks/bench_kernels.py --dry-run --dtypes [fp32] --json
 step-1 60 $step $size --stages [1] --json $OUT/step-1.json
 step-2 60 $step $size --stages [2] --json $OUT/step-2.json"
     else
-        size="--size gpu --dtype bf16 --rounds 3 --memory false"
+        size="--size gpu --dtype bf16 --tf32 true --rounds 3 --max_seconds 30"
+        deep="$step $size --stages [2] --num_layers 8 --rows [ours]"
         PARTS="
-environment 20 nvidia-smi
-tests 130 $PYTHON -m pytest -q -m gpu -p no:cacheprovider
-kernels 80 $PYTHON benchmarks/bench_kernels.py --json $OUT/kernels.json
-step-1 120 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-1.json
-step-2 70 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-2.json
-step-2-deep 60 $step $size --stages [2] --num_layers 8 --rows [ours] --json $OUT/step-2-deep.json
-step-2-fp8 60 $step $size --stages [2] --num_layers 8 --rows [ours] --settings '{fp8: hybrid}' --json $OUT/step-2-fp8.json
-data 60 $PYTHON benchmarks/bench_data.py --num_workers 8 --rounds 2 --json $OUT/data.json"
+environment 10 nvidia-smi && $PYTHON -m pip list
+step-1 100 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-1.json
+step-2 65 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-2.json
+step-2-deep 50 $deep --json $OUT/step-2-deep.json
+step-2-fp8 50 $deep --settings '{fp8: hybrid}' --json $OUT/step-2-fp8.json
+kernels 75 $PYTHON benchmarks/bench_kernels.py --json $OUT/kernels.json
+tests 100 $PYTHON -m pytest -q -m gpu -p no:cacheprovider $tests
+data 30 $PYTHON benchmarks/bench_data.py --num_workers 8 --rounds 2 --json $OUT/data.json"
     fi
+    if [ -n "${WHEELS:-}" ]; then
+        # All in one command: a second one would replace folders that several wheels share.
+        PARTS="install 40 $PYTHON -m pip install -q --no-index --no-deps --no-compile --target $site '$WHEELS'/*.whl
+$PARTS"
+    fi
+    PARTS="$PARTS
+tables 10 $PYTHON benchmarks/results_table.py $OUT"
 fi
 
 mkdir -p "$OUT"
@@ -77,8 +95,8 @@ run() {
     esac
 }
 
-parts=$(mktemp)
-trap 'rm -f "$parts"' EXIT
+parts=$site.parts
+trap 'rm -rf "$site" "$parts"' EXIT
 printf '%s\n' "$PARTS" | grep -v '^ *$' >"$parts"
 while read -r name budget command; do
     run "$name" "$budget" "$command"

@@ -41,6 +41,8 @@ class Available:
     """NVIDIA's Apex with its CUDA extension; PyPI's `apex` is something else."""
     apex_wgrad: bool = False
     """Apex's fused_weight_gradient_mlp_cuda."""
+    nvml: bool = False
+    """The package pynvml, by which torch reads a GPU's temperature, power and clock."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ def probe() -> Available:
         flash_attention=next((f"{name} {found}" for name in FLASH_ATTENTION if (found := version(name))), ""),
         apex_adam=has_gpu and _can_find("amp_C") and _can_find("apex.optimizers.fused_adam"),
         apex_wgrad=has_gpu and _can_find("fused_weight_gradient_mlp_cuda"),
+        nvml=_can_find("pynvml"),
         environment=dict(os.environ),
     )
 

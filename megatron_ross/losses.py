@@ -6,10 +6,14 @@ so gradients are plain sums over microbatches and ranks, and nothing is rescaled
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
+
+Observe = Callable[[Tensor], None]
+"""Gets losses of single tokens, detached, and changes nothing."""
 
 _REFERENCE_EPSILON = 1e-6  # the published code multiplies by mask.sum() / (mask.sum() + 1e-6)
 
@@ -51,11 +55,17 @@ def reference_scales(micro: BatchCounts, num_microbatches: int, num_draws: int, 
     return LossScales(lm=lm / num_microbatches, recon=recon * recon_loss_weight / num_microbatches)
 
 
-def lm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross entropy of vocabulary-parallel logits [n, v/tp] against labels int64 [n]; fp32 scalar."""
+def lm_loss_sum(logits: Tensor, labels: Tensor, observe: Observe | None = None) -> Tensor:
+    """Summed cross entropy of vocabulary-parallel logits [n, v/tp] against labels int64 [n]; fp32 scalar.
+
+    `observe` gets the losses of the tokens, fp32 [n].
+    """
     if labels.numel() == 0:
         return logits.float().sum()  # zero, and still connected to the head's weight
-    return vocab_parallel_cross_entropy(logits.float().contiguous(), labels).sum()
+    losses = vocab_parallel_cross_entropy(logits.float().contiguous(), labels)
+    if observe is not None:
+        observe(losses.detach())
+    return losses.sum()
 
 
 def recon_loss_sum(squared_error: Tensor, count: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -127,3 +128,12 @@ def quieten() -> None:
     for name in ("megatron.core", "torch.distributed.checkpoint", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def show_log(name: str) -> None:
+    """Print what this logger of a library says: `quieten` hides it, and Python prints no INFO by itself. Idempotent."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.propagate = False

@@ -20,6 +20,7 @@ from jsonargparse import auto_cli
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 STAGES = ("stage1", "stage2")
@@ -36,17 +37,45 @@ td { text-align: right; } th, td:first-child { text-align: left; } img { max-wid
 """
 
 
-def loss_figure(metrics: dict[str, list[dict[str, Any]]]) -> bytes:
-    """PNG: language-model loss and reconstruction loss over the iterations of each stage."""
+Metrics = dict[str, list[dict[str, Any]]]
+"""Lines of a file of metrics, by stage."""
+
+
+def loss_figure(metrics: Metrics, validations: Metrics) -> bytes:
+    """PNG: language-model loss and reconstruction loss over the iterations of each stage, and on held-out samples."""
     figure, axes = plt.subplots(2, len(metrics), figsize=(10, 5.5), sharey="row", squeeze=False, layout="constrained")
     for column, (stage, rows) in enumerate(metrics.items()):
         for axis, name in zip(axes[:, column], ("lm_loss", "recon_loss"), strict=True):
-            axis.plot([row["iteration"] for row in rows], [row[name] for row in rows])
+            axis.plot([row["iteration"] for row in rows], [row[name] for row in rows], label="training")
+            held_out = validations[stage]
+            axis.plot([r["iteration"] for r in held_out], [r[name] for r in held_out], "o--", label="held out")
             axis.grid(alpha=0.3)
         axes[0, column].set_title(stage)
         axes[1, column].set_xlabel("iteration")
     axes[0, 0].set_ylabel("language-model loss")
     axes[1, 0].set_ylabel("reconstruction loss")
+    axes[0, 0].legend()
+    return _png(figure)
+
+
+def timestep_figure(validations: Metrics) -> bytes:
+    """PNG: reconstruction loss on held-out images by timestep, for each validation of each stage; dark is late."""
+    figure, axes = plt.subplots(1, len(validations), figsize=(10, 3), sharey=True, squeeze=False, layout="constrained")
+    for axis, (stage, rows) in zip(axes[0], validations.items(), strict=True):
+        for number, row in enumerate(rows, start=1):
+            buckets = row["recon_loss_by_timestep"]
+            axis.plot(
+                list(buckets), list(buckets.values()), color=plt.get_cmap("Blues")(0.2 + 0.8 * number / len(rows))
+            )
+        axis.set_title(stage)
+        axis.set_xlabel("timestep")
+        axis.tick_params(axis="x", rotation=60)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("reconstruction loss")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -72,7 +101,7 @@ def accuracy_table(accuracy: dict[str, dict[str, float]]) -> str:
     return table(("question", "with images", "with blank images"), rows)
 
 
-def speed_table(metrics: dict[str, list[dict[str, Any]]]) -> str:
+def speed_table(metrics: Metrics) -> str:
     """What each stage cost, read off its last log interval."""
     rows = [
         (
@@ -129,12 +158,15 @@ def build_report(run: Path) -> tuple[str, list[Gate]]:
     """The report's HTML and the gates of a finished quickstart folder."""
     metrics = {stage: read_metrics(run / stage / "metrics.jsonl") for stage in STAGES}
     results = json.loads((run / "answers.json").read_text())
+    validations = {stage: read_metrics(run / stage / "validation.jsonl") for stage in STAGES}
     gates = check_gates(results["accuracy"], metrics["stage2"])
     parts = [
         "<h1>Megatron-Ross quickstart</h1>",
         gate_list(gates),
         "<h2>Losses</h2>",
-        picture(loss_figure(metrics), "loss curves"),
+        picture(loss_figure(metrics, validations), "loss curves"),
+        "<p>The same by how much noise the denoiser had to remove, on held-out images; the darker, the later.</p>",
+        picture(timestep_figure(validations), "reconstruction loss by timestep"),
         speed_table(metrics),
         "<h2>Answers to held-out questions</h2>",
         accuracy_table(results["accuracy"]),

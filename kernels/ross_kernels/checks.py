@@ -29,9 +29,16 @@ def require_one_device(tensors: dict[str, Tensor]) -> None:
 
 
 def require_runnable(tensor: Tensor, interpreted: bool) -> None:
-    """Compiled kernels need CUDA tensors; Triton's interpreter takes any."""
-    if not interpreted and not tensor.is_cuda:
+    """Compiled kernels need CUDA tensors on the current device, where Triton launches; its interpreter takes any."""
+    if interpreted:
+        return
+    if not tensor.is_cuda:
         raise ValueError(
             f"the Triton kernels run on CUDA tensors, but these are on {tensor.device}; pass use_triton=False for the "
             "PyTorch definition, or set TRITON_INTERPRET=1 before the start to interpret the kernels"
+        )
+    if tensor.device.index != (current := torch.cuda.current_device()):
+        raise ValueError(
+            f"the Triton kernels run on the current device, cuda:{current}, but these tensors are on {tensor.device}; "
+            f"call torch.cuda.set_device({tensor.device.index}) first"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,7 +22,7 @@ from megatron_ross.checkpoint.checksums import verify_files
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint
 from megatron_ross.checkpoint.model_state import load_model_state
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from megatron_ross.checkpoint.reader import check_loadable, read_index
+from megatron_ross.checkpoint.reader import check_loadable
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.state import merged_model_state
 from megatron_ross.models.ross_stage import RossStage
@@ -70,11 +72,13 @@ def earlier_checkpoint(directory: Path) -> str:
 
 def _load_model(directory: Path, stages: list[RossStage]) -> None:
     """Weights of a checkpoint: its base's first, then its own."""
+    with _explained(directory):
+        index = check_loadable(directory)  # names a missing or short file, which Megatron does not, and refuses code
     request = merged_model_state(stages)
     base = base_of(directory)
     if base is not None:
         _load_model(base, stages)
-        held = set(read_index(directory).state_dict_metadata)
+        held = index.state_dict_metadata.keys()
         request = {
             chunk: {name: value for name, value in state.items() if value.key in held}
             for chunk, state in request.items()
@@ -110,9 +114,16 @@ def load_checkpoint(
 
 
 def _load(request: ShardedStateDict, directory: Path) -> dict[str, Any]:
-    try:
-        check_loadable(directory)  # names a missing or short file, which Megatron does not, and refuses code
+    """From a checkpoint that `_load_model` has checked."""
+    with _explained(directory):
         return dist_checkpointing.load(request, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint becomes a CheckpointError that offers the one before."""
+    try:
+        yield
     except (CheckpointingException, CheckpointException, UnpicklingError, ValueError) as error:
         reason = " ".join(str(error).split())[:600]
         raise CheckpointError(f"cannot load checkpoint {directory}: {reason}{earlier_checkpoint(directory)}") from error

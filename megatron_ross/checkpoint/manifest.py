@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.model_limits import check_model
 from megatron_ross.config.shown import shown
@@ -26,7 +27,6 @@ ASSETS_NAME = "assets"
 CHECKPOINTS_NAME = "checkpoints"
 """Folder of the checkpoints in a run folder."""
 LATEST_NAME = "latest_checkpointed_iteration.txt"
-_MAX_BYTES = 64 << 20
 _MAX_ITERATION = 10**12
 _MAX_LATEST_CHARACTERS = 100
 _RECORDED_PACKAGES = ("megatron-ross", "megatron-core", "torch")
@@ -73,7 +73,9 @@ class Manifest:
             ValueError: the file is missing, is not a manifest, describes an impossible model, or has a newer format.
         """
         path = Path(iteration_dir) / MANIFEST_NAME
-        fields = _read_object(path)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one")
+        fields = read_json(path)
         try:
             if fields["format_version"] > FORMAT_VERSION:
                 raise ValueError(
@@ -90,22 +92,6 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return manifest
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            fields = json.loads(file.read()) if size <= _MAX_BYTES else None
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a Megatron-Ross checkpoint, or an incomplete one") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if size > _MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a manifest")
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a Megatron-Ross manifest: it holds {shown(fields)}")
-    return fields
 
 
 def _check_types(manifest: Manifest) -> None:

@@ -127,18 +127,20 @@ def _check_claims(path: Path, index: Metadata) -> None:
             raise ValueError(f"{path}: {shown(key)} claims {shown(claimed)} bytes, its chunks hold {stored[key]}")
 
 
-def check_loadable(directory: Path) -> None:
-    """A checkpoint may be given to Megatron's loader, which unpickles the index and every object in it freely.
+def check_loadable(directory: Path) -> Metadata:
+    """The index of a checkpoint that may be given to Megatron's loader, which unpickles every object in it freely.
 
     Ours hold tensors, and beside them `common.pt`, which is loaded with `weights_only`.
 
     Raises:
         ValueError: as `read_index`; the checkpoint holds a pickled object; or `common.pt` is not what it should be.
     """
-    for key, entry in read_index(directory).state_dict_metadata.items():
+    index = read_index(directory)
+    for key, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{directory}: {shown(key)} is not a tensor but a pickled object, which is not loaded")
     check_torch_file(Path(directory) / COMMON_NAME)
+    return index
 
 
 class _Storage(dcp.FileSystemReader):

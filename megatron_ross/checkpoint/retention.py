@@ -44,10 +44,14 @@ def remove_superseded(root: Path, retain_last: int | None, retain_interval: int 
     needed = _bases(root, [i for i in iterations if i not in going])
     gone = [i for i in going if iteration_dir(root, i).resolve() not in needed]
     for iteration in gone:
-        directory = iteration_dir(root, iteration)
-        (directory / MANIFEST_NAME).unlink()  # from here on it is no checkpoint, should the rest be interrupted
-        shutil.rmtree(directory)
+        remove_checkpoint(iteration_dir(root, iteration))
     return gone
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete a complete checkpoint. Raises OSError: a file cannot be removed."""
+    (directory / MANIFEST_NAME).unlink()  # from here on it is no checkpoint, should the rest be interrupted
+    shutil.rmtree(directory)
 
 
 def _bases(root: Path, iterations: list[int]) -> set[Path]:

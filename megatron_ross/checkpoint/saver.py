@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0
 from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
-from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, write_latest
-from megatron_ross.checkpoint.retention import remove_superseded
+from megatron_ross.checkpoint.manifest import ASSETS_NAME, MANIFEST_NAME, Manifest, iteration_dir, write_latest
+from megatron_ross.checkpoint.retention import remove_checkpoint, remove_superseded
 from megatron_ross.checkpoint.writer import InProcessSave
 
 
@@ -168,6 +168,8 @@ def _start_folder(partial: Path) -> None:
 
 def _publish(partial: Path, directory: Path, manifest: Manifest) -> None:
     manifest.write(partial)
-    shutil.rmtree(directory, ignore_errors=True)
+    if (directory / MANIFEST_NAME).is_file():
+        remove_checkpoint(directory)
+    shutil.rmtree(directory, ignore_errors=True)  # what an interrupted removal left
     partial.rename(directory)
     write_latest(directory.parent, manifest.iteration)

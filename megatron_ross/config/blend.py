@@ -22,7 +22,7 @@ from megatron_ross.config.shown import shown
 class DataSource:
     """One source. Exactly one of `weight` and `epochs` is set, the same one in all sources of a blend.
 
-    `prefix` makes a field's name the setting's name: "" or "blend[0].".
+    `prefix` makes a field's name the setting's name: "", "blend[0]." or "valid_".
     """
 
     prefix: str
@@ -54,6 +54,11 @@ def data_sources(data: DataConfig) -> list[DataSource]:
     sources = [_source(entry, f"blend[{i}].") for i, entry in enumerate(data.blend)]
     _check_shares(sources)
     return sources
+
+
+def valid_source(data: DataConfig) -> DataSource:
+    """What `valid_data_path` names."""
+    return DataSource("valid_", data.valid_data_path, data.valid_image_folder)
 
 
 def _source(entry: dict[str, Any], prefix: str) -> DataSource:

@@ -17,6 +17,8 @@ from megatron_ross.config.schema import ComputeConfig, OptimizerSettings, RunCon
 
 ENGINE_MINIMUM = (2, 9)
 FUSED_ATTENTION_MINIMUM = (8, 0)
+PACKED_CUDNN_MINIMUM = (9, 0)
+"""cuDNN keeps packed samples apart from Hopper on; before, only flash-attn 2 does."""
 RECOMPUTABLE = ("core_attn", "mlp")
 """Not layernorm: TransformerEngine's layers have theirs inside linear layers, and without it Megatron cannot."""
 _INSTALL_ENGINE = "pip install --no-build-isolation 'megatron-ross[te]' (see docs/performance.md)"
@@ -73,11 +75,19 @@ def resolve_features(run: RunConfig, available: Available) -> Features:
     _check_data_parallel_overlap(run)
     _check_tensor_parallel_overlap(run, available, features)
     _check_accumulation_fusion(run.compute, available, features)
-    if run.training.log_straggler and available.gpu is None:
+    if run.training.log_straggler:
+        _check_straggler(available)
+    return features
+
+
+def _check_straggler(available: Available) -> None:
+    if available.gpu is None:
         raise refuse(
             "log_straggler", True, "Megatron's detector times CUDA events, and torch sees no GPU", "leave it out"
         )
-    return features
+    if not available.nvml:
+        reason = "Megatron's detector reads the GPU's temperature, power and clock through pynvml, which is missing"
+        raise refuse("log_straggler", True, reason, "pip install nvidia-ml-py")
 
 
 def refuse(name: str, value: object, reason: str, fix: str) -> ConfigError:
@@ -141,17 +151,30 @@ def _attention_obstacle(run: RunConfig, available: Available, layers: Choice, as
         return _Obstacle(
             "it cannot keep packed samples apart", "use auto, flash, fused or local, or set packing: false"
         )
-    if asked == "flash" and not available.flash_attention:
-        return _Obstacle(
-            "no flash-attn is installed",
-            "pip install 'megatron-ross[flash-attn]', or use fused, which needs nothing more",
-        )
+    if asked == "flash" and (reason := _no_flash(available)):
+        return _Obstacle(reason, "pip install 'megatron-ross[flash-attn]', or use auto")
+    if run.data.packing and available.gpu is not None and available.gpu < PACKED_CUDNN_MINIMUM:
+        too_old = f"cuDNN needs compute capability 9.0 for packed samples, this GPU has {_dotted(available.gpu)}"
+        if asked == "fused":
+            return _Obstacle(too_old, "use auto, flash or local, or set packing: false")
+        if asked == "auto" and (reason := _no_flash(available)):
+            return _Obstacle(f"{too_old}, and {reason}", "pip install 'megatron-ross[flash-attn]'")
     for name, expected in attention_environment(asked).items():
         if available.environment.get(name, expected) != expected:
             return _Obstacle(
                 f"the environment has {name}={available.environment[name]}", f"unset {name}: the setting decides"
             )
     return None
+
+
+def _no_flash(available: Available) -> str:
+    """Why TransformerEngine has no flash-attn on this GPU; empty if it has."""
+    if not available.flash_attention:
+        return "no flash-attn is installed"
+    generation = available.flash_attention.replace("_", "-").split()[0]
+    if generation in ("flash-attn-3", "flash-attn-4") and (available.gpu or (0, 0)) < PACKED_CUDNN_MINIMUM:
+        return f"{available.flash_attention} needs compute capability 9.0"
+    return ""
 
 
 def attention_environment(backend: str) -> dict[str, str]:
@@ -192,8 +215,9 @@ def sequence_multiple(run: RunConfig) -> int:
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if compute.fp8 is None:
         return shards
-    # Blocks of 128 tokens are not needed, but let gathers under sequence parallelism stay in FP8.
-    return shards * (128 if compute.fp8_recipe == "blockwise" else fp8_multiple(compute))
+    # Blocks of 128 tokens let gathers under sequence parallelism stay in FP8; user buffers take MXFP8 in no other size.
+    in_blocks = compute.fp8_recipe == "blockwise" or (compute.fp8_recipe == "mxfp8" and parallel.tp_comm_overlap)
+    return shards * (128 if in_blocks else fp8_multiple(compute))
 
 
 def _check_fp8(run: RunConfig, available: Available, features: Features) -> None:
@@ -337,6 +361,9 @@ def _check_tensor_parallel_overlap(run: RunConfig, available: Available, feature
     for reason, (holds, fix) in needs.items():
         if not holds:
             raise refuse("tp_comm_overlap", True, reason, fix)
+    if run.compute.fp8 and run.compute.fp8_recipe == "blockwise":
+        reason = "TransformerEngine's user buffers do not send what fp8_recipe=blockwise makes"
+        raise refuse("tp_comm_overlap", True, reason, "use fp8_recipe tensorwise or delayed, or leave it out")
     connections = available.environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if available.gpu is not None and available.gpu < (10, 0) and connections != "1":
         reason = f"the environment has CUDA_DEVICE_MAX_CONNECTIONS={connections}, so messages may wait behind products"

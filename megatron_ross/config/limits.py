@@ -69,6 +69,14 @@ LIMITS: dict[str, Limit] = {
     "hang_timeout_minutes": Limit(0, 30 * 24 * 60, "a run that stands still would do so for longer than 30 days"),
     "loss_spike_factor": Limit(0, 1e9, "no loss would be a spike; 0 says so"),
     "log_interval": Limit(1, 10**9, _STEPS),
+    "valid_split": Limit(0, 0.999999, "nothing would be left to train on"),
+    "eval_interval": Limit(1, 10**9, _STEPS),
+    "eval_iters": Limit(1, 10**9, "no data set has so many batches"),
+    "sample_interval": Limit(1, 10**9, _STEPS),
+    "num_pictures": Limit(0, 1024, "they are painted at the same time"),
+    "num_answers": Limit(0, 1024, "the questions go through the model at the same time"),
+    "answer_max_new_tokens": Limit(1, 4096, "every token costs a forward pass"),
+    "log_timestep_buckets": Limit(0, 1000, "training has this many timesteps"),
     "preemption_grace_seconds": Limit(0, 24 * 3600, "no scheduler waits for longer than a day"),
 }
 

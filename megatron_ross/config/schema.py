@@ -158,6 +158,13 @@ class DataConfig:
     trust: a name then reaches whatever a link in image_folder points to. It still cannot leave the folder by `..`."""
     blend: list[dict[str, Any]] = field(default_factory=list)
     """Several sources instead of data_path: a list of {data_path, image_folder, weight or epochs}; see docs/data.md."""
+    valid_data_path: str = ""
+    """Samples for validation, in the formats of data_path."""
+    valid_image_folder: str = ""
+    """Where the image names of valid_data_path start."""
+    valid_split: float = 0.0
+    """Instead of valid_data_path: share of the training samples (of every source of a blend) that is held out for
+    validation and never trained on; the same ones whatever the seed."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] = "qwen_2"
     seq_length: int = 2048
     """Longest sample in tokens, images included; longer ones are truncated."""
@@ -226,6 +233,30 @@ class TrainingConfig:
     """Report the slowest and fastest ranks with every log line (Megatron's detector; GPUs only)."""
 
 
+@dataclass(frozen=True)
+class ObservationConfig:
+    """Looking at a run while it trains (docs/observing.md). None of it changes what is trained; off by default."""
+
+    eval_interval: int | None = None
+    """Validate every this many steps, and at the end; needs valid_data_path or valid_split."""
+    eval_iters: int | None = None
+    """Global batches per validation, always the same ones; None takes all of the held-out samples."""
+    sample_interval: int | None = None
+    """Paint and answer held-out samples every this many steps, and at the end; needs held-out samples and save."""
+    num_pictures: int = 4
+    """Held-out images to reconstruct; 0 reconstructs none."""
+    picture_steps: str = "50"
+    """Sampling steps of the denoiser, or one number for each of several equal ranges of timesteps, as in "20,20,5"."""
+    num_answers: int = 4
+    """Held-out questions to answer greedily; 0 answers none."""
+    answer_max_new_tokens: int = 16
+    """Longest answer; every token costs a forward pass of these questions."""
+    log_timestep_buckets: int = 0
+    """Log the reconstruction loss in this many equal ranges of timesteps; 0 does not."""
+    log_source_losses: bool = False
+    """Log both losses of every source of a blend."""
+
+
 SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "compute": ComputeConfig,
@@ -234,6 +265,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSettings,
     "data": DataConfig,
     "training": TrainingConfig,
+    "observation": ObservationConfig,
 }
 
 
@@ -248,6 +280,7 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    observation: ObservationConfig = field(default_factory=ObservationConfig)
 
     @classmethod
     def from_flat(cls, flat: dict[str, Any]) -> RunConfig:

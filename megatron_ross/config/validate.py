@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_ross.config.blend import DataSource, data_sources
+from megatron_ross.config.blend import DataSource, data_sources, valid_source
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.features import check_fp8_sizes
 from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
@@ -13,6 +13,7 @@ from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.paths import expand_braces, is_url
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.shown import shown
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 
 
 def validate_run(run: RunConfig, world_size: int) -> None:
@@ -27,6 +28,7 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     _check_paths(run)
     _check_packing(run)
     _check_schedule(run)
+    _check_observation(run)
 
 
 def _check_shares(run: RunConfig) -> None:
@@ -68,6 +70,8 @@ def _check_paths(run: RunConfig) -> None:
         raise ConfigError(str(error)) from None
     for source in sources:
         _check_source(source)
+    if run.data.valid_data_path:
+        _check_source(valid_source(run.data))
     if not run.training.load and not run.training.init_from:
         raise ConfigError(
             "init_from='': name a checkpoint to start from (tools/convert_hf_to_megatron.py makes one), or load"
@@ -111,6 +115,45 @@ def _check_schedule(run: RunConfig) -> None:
         raise ConfigError(f"loss_spike_factor={training.loss_spike_factor}: must be above 1, or 0 for no warnings")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
+
+
+def _check_observation(run: RunConfig) -> None:
+    data, observation = run.data, run.observation
+    if data.valid_data_path and data.valid_split:
+        raise ConfigError(
+            f"valid_split={data.valid_split}: valid_data_path={shown(data.valid_data_path)} is set, too; "
+            "give one of the two"
+        )
+    if data.valid_image_folder and not data.valid_data_path:
+        raise ConfigError(f"valid_image_folder={shown(data.valid_image_folder)}: needs valid_data_path")
+    for name in ("eval_interval", "sample_interval"):
+        interval = getattr(observation, name)
+        if interval is not None and not (data.valid_data_path or data.valid_split):
+            raise ConfigError(
+                f"{name}={interval}: needs held-out samples; name them with valid_data_path, or hold out a share of "
+                "the training samples with valid_split"
+            )
+    if observation.eval_iters is not None and observation.eval_interval is None:
+        raise ConfigError(f"eval_iters={observation.eval_iters}: needs eval_interval, how often to validate")
+    if observation.sample_interval is not None:
+        _check_samples(run)
+    if observation.log_source_losses and not data.blend:
+        raise ConfigError("log_source_losses=True: there is one source; list several under blend, or leave it out")
+
+
+def _check_samples(run: RunConfig) -> None:
+    interval, steps = run.observation.sample_interval, run.observation.picture_steps
+    if not run.training.save:
+        raise ConfigError(f"sample_interval={interval}: needs save, the run folder to write pictures and answers to")
+    if run.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"sample_interval={interval}: tp_comm_overlap fixes the shape of every microbatch, and questions have "
+            "another; leave one of the two out"
+        )
+    try:
+        respaced_timesteps(NUM_TRAIN_TIMESTEPS, steps)
+    except ValueError as error:
+        raise ConfigError(f"picture_steps={shown(steps)}: {error}") from None
 
 
 def resolve_layout(

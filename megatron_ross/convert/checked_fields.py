@@ -6,36 +6,11 @@ and for choices the known values.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from megatron_ross.config.shown import shown
 
-_MAX_JSON_BYTES = 64 << 20
 _REQUIRED: Any = object()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: the file is missing, absurdly large, not JSON, or not an object.
-    """
-    try:
-        size = path.stat().st_size
-        value = json.loads(path.read_text(encoding="utf-8")) if size <= _MAX_JSON_BYTES else None
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: nested too deeply") from None
-    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a config")
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return value
 
 
 class Fields:

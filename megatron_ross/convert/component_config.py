@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import LanguageModelConfig, VaeConfig, VisionConfig
 from megatron_ross.config.model_limits import (
     MAX_HEAD_WIDTH,
@@ -22,7 +23,7 @@ from megatron_ross.config.model_limits import (
     check_rope_scaling,
 )
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.checked_fields import Fields, read_json
+from megatron_ross.convert.checked_fields import Fields
 
 LANGUAGE_FAMILIES = {"qwen2": "qwen2", "llama": "llama", "ross_qwen2": "qwen2", "ross_llama": "llama"}
 """`model_type` -> family."""

@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import DenoiserConfig, ProjectorConfig, RossModelConfig, VaeConfig, VisionConfig
 from megatron_ross.config.model_limits import MAX_WIDTH
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.checked_fields import Fields, read_json
+from megatron_ross.convert.checked_fields import Fields
 from megatron_ross.convert.component_config import image_statistics, language_config, vae_config, vision_config
 from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.convert.known_components import FLUX_VAE, KNOWN_TOWERS

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ross.checkpoint.torch_files import check_torch_file
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
 from megatron_ross.convert.atomic import create_file
-from megatron_ross.convert.checked_fields import read_json
 
 _DTYPES = {
     "F64": torch.float64,

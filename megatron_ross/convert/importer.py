@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files, sha256_of
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, Source, iteration_dir, write_latest
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import ProjectorConfig, RossModelConfig
 from megatron_ross.convert.atomic import atomic_directory
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.component_config import language_config, tower_config, vae_folder_config
 from megatron_ross.convert.composite_config import denoiser_config, ross_model_config
 from megatron_ross.convert.fresh import fresh_denoiser, fresh_projector

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_ross.checkpoint.reader import CheckpointReader
+from megatron_ross.config.json_files import read_json
 from megatron_ross.convert.atomic import atomic_directory
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.exporter import MAX_SHARD_BYTES, TensorExport, check_complete, language_dtype, with_progress
 from megatron_ross.convert.hf_io import OutputTensor, write_safetensors
 from megatron_ross.convert.layouts import llava_mappings

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import IMAGE_TOKEN_ID
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.llava_config import IMAGE_TOKEN
 from megatron_ross.convert.sources import write_json
 from megatron_ross.data.tokenizer import TextTokenizer

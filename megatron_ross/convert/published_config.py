@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.checkpoint.manifest import Manifest
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}

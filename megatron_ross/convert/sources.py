@@ -13,8 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import list_repo_files, snapshot_download
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.hf_io import WEIGHT_NAMES
 
 TOKENIZER_FILES = (

@@ -79,6 +79,7 @@ class RossMicrobatch:
     cu_seqlens: Tensor | None = None  # int32 [num_samples + 1] when samples are packed (b == 1)
     max_seqlen: int | None = None
     lengths: list[int] = field(default_factory=list)  # tokens of each sample, without padding
+    sample_spans: Tensor | None = None  # int64 [2, num_samples]: flat position of each sample's first token, sample id
     num_supervised_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +93,13 @@ class RossMicrobatch:
         if self.draws is not None:
             self.draws = NoiseDraws(*(getattr(self.draws, f).to(device) for f in ("t", "eps", "posterior")))
         return self
+
+
+def samples_at(batch: RossMicrobatch, positions: Tensor) -> Tensor:
+    """Sample ids int64 [n] at flat positions int64 [n] that lie in a sample, not in padding."""
+    assert batch.sample_spans is not None, "a microbatch from `collate` has them"
+    starts, ids = batch.sample_spans
+    return ids[torch.searchsorted(starts, positions, right=True) - 1]
 
 
 def image_token_positions(batch: RossMicrobatch, num_image_tokens: int) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,7 @@ def _assemble(
         noise_keys=torch.tensor(keys, dtype=torch.int64).reshape(-1, 3),
         lengths=[len(sample.input_ids) for _, sample in samples],
         sample_ids=[sample.sample_id for _, sample in samples],
+        sample_spans=torch.tensor([list(offsets), [sample.sample_id for _, sample in samples]], dtype=torch.int64),
     )
 
 

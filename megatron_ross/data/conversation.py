@@ -70,6 +70,37 @@ def encode_conversation(
     return TEMPLATES[template](turns, tokenizer, num_images > 0, max_length, reference)
 
 
+def encode_question(turns: Sequence[Turn], template: str, tokenizer: TextTokenizer, *, num_images: int) -> list[int]:
+    """Token ids of a conversation's first question, its answer left to the model: what is asked at inference.
+
+    Args as in `encode_conversation`.
+
+    Raises:
+        ConversationError: there is no question.
+        ValueError: unknown template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    question = first_question(turns)
+    if num_images:
+        question = normalise_placeholders(question, num_images, reference=False)
+    if template == "plain":
+        prompt = IMAGE_PLACEHOLDER * question.count(IMAGE_PLACEHOLDER)
+    elif template == "llama3":
+        prompt = "".join(llama3_rounds([question, None]))
+    else:
+        prompt = chat_prompt([question, None], *{"v1": _V1, "qwen_2": _QWEN_2}[template])
+    return tokenizer.encode_with_images(prompt) if num_images else tokenizer.encode(prompt)
+
+
+def first_question(turns: Sequence[Turn]) -> str:
+    """Raises ConversationError if there is none."""
+    for turn in turns:
+        if turn.role == "human":
+            return turn.text
+    raise ConversationError("the conversation has no question")
+
+
 def normalise_placeholders(text: str, num_images: int, reference: bool) -> str:
     """Move the placeholders of a turn to its front, each followed by a newline.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_ross.data.batch import ImageSpan
 from megatron_ross.data.decoders import PillowDecoder
 from megatron_ross.data.errors import ImageError
-from megatron_ross.data.images import MAX_PIXELS, ImageProcessor
+from megatron_ross.data.images import MAX_PIXELS, ImageProcessor, check_scans
 
 _FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 64  # where an intact file's end mark must be; anything odd goes to Pillow
@@ -211,6 +211,7 @@ def _read(span: ImageSpan) -> bytes | None:
 def plan_geometry(data: bytes, processor: ImageProcessor) -> _Geometry | None:
     """What to do with an image file, from its header alone; None sends it to Pillow."""
     try:
+        check_scans(data)
         with Image.open(io.BytesIO(data), formats=tuple(_FILE_ENDS)) as image:
             width, height = image.size
             kind, mode = image.format or "", image.mode

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
 from megatron_ross.data.batch import ImageSpan, RossSample
-from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation
+from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
 from megatron_ross.data.images import ImageProcessor, decode_image
 from megatron_ross.data.records import Record, parse_record, word_count
@@ -105,6 +105,19 @@ class RossDataset:
             mismatch=encoded.mismatch,
             num_images_cut=len(record.images) - len(starts),
         )
+
+    def question(self, index: int) -> RossSample:
+        """The first question of one sample, with its images and nothing supervised; see `encode_question`.
+
+        Raises:
+            SampleError: the record is malformed or holds no question.
+        """
+        record = self.record(index)
+        ids = encode_question(record.turns, self._template, self._tokenizer, num_images=len(record.images))
+        encoded = EncodedConversation(ids, [IGNORE_LABEL] * len(ids))
+        tokens, labels, starts = expand_images(encoded, self._num_image_tokens, self._max_length)
+        spans = tuple(self._span(index, record, i, start) for i, start in enumerate(starts))
+        return RossSample(index, tokens, labels, spans, num_images_cut=ids.count(IMAGE_TOKEN_ID) - len(starts))
 
     def record(self, index: int) -> Record:
         """The checked record of one sample. Raises RecordError, IndexError."""
@@ -239,6 +252,11 @@ class ConcatDataset:
     def __getitem__(self, index: int) -> RossSample:
         dataset, local = self._locate(index)
         return dataclasses.replace(dataset[local], sample_id=index)
+
+    def question(self, index: int) -> RossSample:
+        """The first question of one sample. Raises SampleError."""
+        dataset, local = self._locate(index)
+        return dataclasses.replace(dataset.question(local), sample_id=index)
 
     def record(self, index: int) -> Record:
         """The checked record of one sample. Raises RecordError, IndexError."""

@@ -22,6 +22,9 @@ from megatron_ross.data.errors import ImageError
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused (Pillow's own limit for a decompression bomb)."""
 
+MAX_SCANS = 500
+"""JPEG files with more scans are refused: each is a pass over all pixels. A progressive photograph has about ten."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 """What photographs and drawings come in. Pillow knows more; some start programs (EPS), or hold files in files (ICO)."""
 
@@ -33,13 +36,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         name: file name for messages.
 
     Raises:
-        ImageError: not an image of FORMATS, truncated, or larger than MAX_PIXELS.
+        ImageError: not an image of FORMATS, truncated, or with more than MAX_PIXELS or MAX_SCANS.
     """
     if not data:
         raise ImageError(f"image {name!r} is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(*image.size)
+        check_scans(data)
         return image.convert("RGB")
     except ImageError as error:
         raise ImageError(f"image {name!r} {error}") from error
@@ -54,6 +58,12 @@ def _formats() -> tuple[str, ...]:
     """Those of FORMATS that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def check_scans(data: bytes) -> None:
+    """Refuse a JPEG file of more than MAX_SCANS, by the marks that start them. Raises ImageError."""
+    if data.startswith(b"\xff\xd8") and (found := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ImageError(f"has {found} scans, more than {MAX_SCANS}; refused")
 
 
 def _check_size(width: int, height: int) -> None:

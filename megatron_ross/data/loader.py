@@ -22,6 +22,7 @@ from megatron_ross.data.batch import ImageSpan, RossMicrobatch, RossSample
 from megatron_ross.data.collate import LatentLoader, collate, collate_packed
 from megatron_ross.data.decoders import PillowDecoder, PixelDecoder
 from megatron_ross.data.errors import ImageError, SampleError
+from megatron_ross.data.held_out import NO_SAMPLE
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.latent_cache import LatentReader
 from megatron_ross.data.order import SampleKey, SampleOrder
@@ -88,6 +89,7 @@ class RossLoader:
         latents: LatentReader | None = None,
         bad_samples: BadSamplePolicy | None = None,
         source_ends: Sequence[int] = (),
+        num_sequences: int | None = None,
     ):
         """
         Args:
@@ -101,6 +103,7 @@ class RossLoader:
             latents: reads VAE moments from a cache, on ranks that need them; None reads none. The loader closes it.
             bad_samples: skip broken samples by this policy; None stops the run at the first one.
             source_ends: one past the last sample id of each source of a blend, to count what each contributes.
+            num_sequences: prepare nothing beyond so many; None goes on for ever.
 
         Raises:
             ValueError: sizes that do not divide, or an order made for another data set.
@@ -127,6 +130,7 @@ class RossLoader:
         self._latents = latents
         self._source_ends = np.asarray(source_ends, dtype=np.int64)
         self._quarantine = Quarantine(bad_samples) if bad_samples is not None else None
+        self._num_sequences = num_sequences
         self._pending: deque[Future[_Step]] = deque()
         self.wait_s = 0.0
         self._reset_position()
@@ -191,6 +195,13 @@ class RossLoader:
             self._quarantine.counts.clear()
             self._quarantine.counts.update(state.get("bad_samples", {}))
 
+    def rewind(self) -> None:
+        """Start again at the first sequence, with nothing counted."""
+        self._drop_pending()
+        self._reset_position()
+        if self._quarantine is not None:
+            self._quarantine.clear()
+
     def close(self) -> None:
         """Stop the background threads."""
         self._drop_pending()
@@ -217,6 +228,8 @@ class RossLoader:
     def _fill(self, depth: int) -> None:
         while len(self._pending) < depth:
             start = self.consumed_sequences + len(self._pending) * self._global_batch_size
+            if self._num_sequences is not None and start >= self._num_sequences:
+                return
             self._pending.append(self._step_pool.submit(self._build_step, start))
 
     def _drop_pending(self) -> None:
@@ -270,6 +283,8 @@ class RossLoader:
 
     def _get(self, position: int, key: SampleKey, findings: dict[int, Finding]) -> _Placed:
         epoch, sample_id = key
+        if sample_id == NO_SAMPLE:
+            return _Placed(position, epoch, stub_sample(sample_id))
         try:
             sample = self._dataset[sample_id]
         except SampleError as error:

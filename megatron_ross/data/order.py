@@ -23,14 +23,20 @@ SampleKey = tuple[int, int]
 class SampleOrder:
     """Every sample once per epoch, shuffled (or in file order). Subclasses order them otherwise."""
 
-    def __init__(self, num_samples: int, seed: int = 0, *, shuffle: bool = True):
+    def __init__(self, num_samples: int, seed: int = 0, *, shuffle: bool = True, ids: np.ndarray | None = None):
         """
+        Args:
+            num_samples: of the data set.
+            ids: the samples that an epoch consists of, int64 [m]; None takes all.
+
         Raises:
             ValueError: there is no sample.
         """
-        if num_samples < 1:
-            raise ValueError(f"an order needs at least one sample, got {num_samples}")
         self.num_samples = num_samples
+        self.num_kept = num_samples if ids is None else len(ids)
+        if self.num_kept < 1:
+            raise ValueError(f"an order needs at least one sample, got {self.num_kept}")
+        self._ids = ids
         self.seed = seed
         self.shuffle = shuffle
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -80,8 +86,12 @@ class SampleOrder:
             start = end
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
-        ids = np.arange(self.num_samples, dtype=np.int64)
-        return with_epoch(hashed_permutation(self.num_samples, self.seed, epoch) if self.shuffle else ids, epoch)
+        places = (
+            hashed_permutation(self.num_kept, self.seed, epoch)
+            if self.shuffle
+            else np.arange(self.num_kept, dtype=np.int64)
+        )
+        return with_epoch(places if self._ids is None else self._ids[places], epoch)
 
 
 def with_epoch(ids: np.ndarray, epoch: int) -> np.ndarray:
@@ -128,8 +138,20 @@ class BlendedOrder(SampleOrder):
     of the blend. The epoch of a key counts the source's own passes: a sample seen twice gets two different noise draws.
     """
 
-    def __init__(self, num_samples: Sequence[int], epochs: Sequence[float], seed: int = 0):
+    def __init__(
+        self,
+        num_samples: Sequence[int],
+        epochs: Sequence[float],
+        seed: int = 0,
+        *,
+        ids: Sequence[np.ndarray] | None = None,
+    ):
         """
+        Args:
+            num_samples: of each source.
+            epochs: of each source in an epoch of the blend.
+            ids: the samples of each source that its epoch consists of, counted within it; None takes all.
+
         Raises:
             ValueError: no or unequal numbers of sources and epochs, a negative number, or nothing to show.
         """
@@ -137,15 +159,18 @@ class BlendedOrder(SampleOrder):
         if len(num_samples) != len(epochs) or min(epochs, default=-1) < 0:
             raise ValueError(f"a blend needs one number of epochs (>= 0) per source; got {list(epochs)}")
         self._offsets = np.cumsum([0, *num_samples])
-        self._sources = [SampleOrder(n, seed + i) for i, n in enumerate(num_samples)]
+        kept = [None] * len(num_samples) if ids is None else ids
+        self._sources = [
+            SampleOrder(n, seed + i, ids=part) for i, (n, part) in enumerate(zip(num_samples, kept, strict=True))
+        ]
         self._epochs = list(epochs)
-        if not sum(_whole(e * n) for e, n in zip(epochs, num_samples, strict=True)):
+        if not sum(_whole(e * source.num_kept) for e, source in zip(epochs, self._sources, strict=True)):
             raise ValueError(f"the blend is empty: epochs {list(epochs)} of sources of {list(num_samples)} samples")
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         parts = []
         for source, passes, offset in zip(self._sources, self._epochs, self._offsets[:-1], strict=True):
-            share = passes * source.num_samples
+            share = passes * source.num_kept
             keys = source.keys(_whole(epoch * share), _whole((epoch + 1) * share))
             parts.append(keys + np.array([0, offset]))
         joined = np.concatenate(parts)

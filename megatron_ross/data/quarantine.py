@@ -85,6 +85,11 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self._examples: list[str] = []
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.counts.clear()
+        self._examples.clear()
+
     def settle(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> list[int]:
         """Agree with all ranks on one global batch.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class TextTokenizer:
                 ids.append(IMAGE_TOKEN_ID)
             ids += self._encode_body(chunk)
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens; special tokens are left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @property
     def fingerprint(self) -> str:

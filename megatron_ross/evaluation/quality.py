@@ -16,9 +16,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 from megatron_ross.evaluation.reconstruct import mean_figures, reconstruct_folder
 from megatron_ross.huggingface import RossProcessor
-from megatron_ross.models.diffusion import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 
 DPI = 110
 METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM"}

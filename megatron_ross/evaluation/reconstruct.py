@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ross.evaluation.generate import open_image
 from megatron_ross.huggingface import RossProcessor
-from megatron_ross.huggingface.modeling_ross import to_pil
-from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.models.pictures import side_by_side, to_pil
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FIGURES_FILE = "figures.csv"
-PANEL_GAP_PX = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def reconstruct_folder(
             batch = files[start : start + batch_size]
             pictures = [open_image(file) for file in batch]
             pixels = processor.pixels(pictures).to(model.device)
-            seen, round_trip = to_pil(encoder.vae_input(pixels)), to_pil(vae_round_trip(encoder, pixels))
+            seen, round_trip = to_pil(encoder.vae_input(pixels)), to_pil(encoder.round_trip(pixels))
             painted = model.reconstruct(
                 pictures, steps=steps, seed=seed + start, prompt=prompt, processor=processor, batch_size=batch_size
             )
@@ -106,13 +102,6 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-@torch.no_grad()
-def vae_round_trip(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
-    """Encode to the posterior mean and decode: normalised pixels [n, 3, P, P] -> [n, 3, S, S] in about [-1, 1]."""
-    mean, logvar = encoder.posterior(pixels)
-    return encoder.decode_latents(encoder.sample(mean, logvar, torch.zeros_like(mean)))
-
-
 def figures(file: str, seen: Image.Image, round_trip: Image.Image, painted: Image.Image) -> Figures:
     """Figures of one image; all pictures have one size."""
     target = np.asarray(seen)
@@ -122,15 +111,6 @@ def figures(file: str, seen: Image.Image, round_trip: Image.Image, painted: Imag
         values.append(float("inf") if equal else float(peak_signal_noise_ratio(target, picture, data_range=255)))
         values.append(float(structural_similarity(target, picture, data_range=255, channel_axis=2)))
     return Figures(file, *values)
-
-
-def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row on white, with a small gap."""
-    width, height = panels[0].size
-    row = Image.new("RGB", (len(panels) * (width + PANEL_GAP_PX) - PANEL_GAP_PX, height), "white")
-    for i, panel in enumerate(panels):
-        row.paste(panel, (i * (width + PANEL_GAP_PX), 0))
-    return row
 
 
 def mean_figures(results: Sequence[Figures]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import DenoiserConfig, ProjectorConfig, RossModelConfig, VaeConfig, VisionConfig
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.composite_config import denoiser_config, ross_model_config
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from megatron_ross.config.model import IMAGE_TOKEN_ID, VaeConfig, VisionConfig
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.huggingface.configuration_ross import (
     RossFields,
@@ -29,8 +30,9 @@ from megatron_ross.huggingface.configuration_ross import (
 from megatron_ross.huggingface.hub import local_folder
 from megatron_ross.huggingface.processing_ross import RossProcessor
 from megatron_ross.models.denoiser import RossDenoiser
-from megatron_ross.models.diffusion import NUM_TRAIN_TIMESTEPS, cosine_tables, respace, respaced_timesteps, sample
+from megatron_ross.models.diffusion import cosine_tables, respace, sample
 from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.models.pictures import to_pil
 from megatron_ross.models.projector import build_projector
 from megatron_ross.models.vision import VisionTower
 
@@ -364,12 +366,6 @@ class RossLlamaForCausalLM(RossForConditionalGeneration, LlamaForCausalLM):
 
 
 _CLASSES: dict[type, Any] = {RossQwen2Config: RossQwen2ForCausalLM, RossLlamaConfig: RossLlamaForCausalLM}
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Float images [n, 3, H, W] in [-1, 1] (clamped) -> PIL images."""
-    values = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(value) for value in values]
 
 
 def _describe(key: str | tuple[str, Any, Any]) -> str:

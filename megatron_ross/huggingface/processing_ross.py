@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import IMAGE_TOKEN_ID, VisionConfig
-from megatron_ross.convert.checked_fields import Fields, read_json
+from megatron_ross.convert.checked_fields import Fields
 from megatron_ross.convert.component_config import image_statistics, vision_config
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER, TextTokenizer

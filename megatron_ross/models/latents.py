@@ -89,6 +89,12 @@ class LatentEncoder(nn.Module):
         latents = ungroup_latents(z) / self.config.scaling_factor + self.config.shift_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
+    @torch.no_grad()
+    def round_trip(self, pixels: Tensor) -> Tensor:
+        """Encode to the posterior mean and decode: normalised pixels [n, 3, P, P] -> [n, 3, S, S], about [-1, 1]."""
+        mean, logvar = self.posterior(pixels)
+        return self.decode_latents(self.sample(mean, logvar, torch.zeros_like(mean)))
+
 
 def _images_at_once(images: Tensor) -> int:
     """On a CPU one image after the other: its tensors stay in the caches, and their memory is used again."""

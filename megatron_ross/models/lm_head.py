@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ross.losses import lm_loss_sum
+from megatron_ross.losses import Observe, lm_loss_sum
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,13 @@ class VocabularyShard:
 
 
 def lm_head_loss_sum(
-    rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, *, chunk_tokens: int
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: VocabularyShard,
+    *,
+    chunk_tokens: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Summed cross entropy; fp32 scalar, the same on every tensor-parallel rank.
 
@@ -63,17 +69,26 @@ def lm_head_loss_sum(
         weight: this rank's rows of the LM head [v, h].
         labels: int64 [n].
         chunk_tokens: most positions whose logits exist at the same time.
+        observe: gets the losses of the tokens, fp32 [n], if there are any.
     """
     if rows.shape[0] <= chunk_tokens:
-        return lm_loss_sum(shard.logits(rows, weight), labels)
-    return _ChunkedCrossEntropy.apply(rows, weight, labels, shard, chunk_tokens)
+        return lm_loss_sum(shard.logits(rows, weight), labels, observe)
+    return _ChunkedCrossEntropy.apply(rows, weight, labels, shard, chunk_tokens, observe)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Keeps rows, weight, labels and one fp32 number per position; ranks meet twice however many chunks there are."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shard: VocabularyShard,
+        chunk_tokens: int,
+        observe: Observe | None,
+    ) -> Tensor:
         parts = [
             _reduce_chunk(rows[chunk], weight, labels[chunk], shard) for chunk in _chunks(rows.shape[0], chunk_tokens)
         ]
@@ -81,10 +96,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         log_normaliser, target = _join_shards(log_normaliser, target, shard.group)
         ctx.save_for_backward(rows, weight, labels, log_normaliser)
         ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
-        return (log_normaliser - target).sum()
+        losses = log_normaliser - target
+        if observe is not None:
+            observe(losses)
+        return losses.sum()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         rows, weight, labels, log_normaliser = ctx.saved_tensors
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows) if wants_rows else None
@@ -95,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_rows[chunk])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), rows[chunk])
-        return grad_rows, grad_weight, None, None, None
+        return grad_rows, grad_weight, None, None, None, None
 
 
 def _chunks(n: int, chunk_tokens: int) -> Iterator[slice]:

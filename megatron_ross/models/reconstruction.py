@@ -6,6 +6,8 @@ share's part, and the ranks' parts add up to the microbatch's loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -15,9 +17,10 @@ from megatron_ross.config.model import RossModelConfig
 from megatron_ross.data.batch import NoiseDraws, RossMicrobatch, image_token_positions
 from megatron_ross.data.collate import image_share
 from megatron_ross.losses import recon_loss_sum
-from megatron_ross.models.denoiser import RossDenoiser, to_tokens
-from megatron_ross.models.diffusion import cosine_tables
+from megatron_ross.models.denoiser import RossDenoiser, to_grid, to_tokens
+from megatron_ross.models.diffusion import cosine_tables, respace, sample
 from megatron_ross.models.latents import LatentEncoder, group_latents
+from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
 from megatron_ross.precision import DTYPES, in_tf32
@@ -72,11 +75,14 @@ class ReconstructionHead(nn.Module):
             tables.sqrt_alphas_cumprod.float(), tables.sqrt_one_minus_alphas_cumprod.float()
         )
 
-    def forward(self, hidden: Tensor, batch: RossMicrobatch, *, skip: bool = False) -> Tensor:
+    def forward(
+        self, hidden: Tensor, batch: RossMicrobatch, breakdown: LossBreakdown | None = None, *, skip: bool = False
+    ) -> Tensor:
         """Sum over this rank's images of their mean squared error, of the noise or of the latents; fp32 scalar.
 
         Args:
             hidden: hidden states after the final norm [s, b, h], from `to_heads`.
+            breakdown: gets the errors of single draws.
             skip: the loss has no weight, so no image is worth the work.
         """
         mine = image_share(batch.num_images, self.groups.tp.rank(), self.groups.tp.size())
@@ -88,26 +94,55 @@ class ReconstructionHead(nn.Module):
             return self._no_loss(hidden, batch, share)
         condition = self._condition(hidden, batch, share)
         score = self._latent_error if self.objective == "regress" else self._noise_error
-        squared_error, count = score(condition, batch, share, *self._posterior(batch, wanted))
+        squared_error, count, t = score(condition, batch, share, *self._posterior(batch, wanted))
+        if breakdown is not None:
+            breakdown.add_recon(squared_error, count, t, batch, share, self.schedule.signal.numel())
         return recon_loss_sum(squared_error, count, batch.recon_weight[share])
 
     def _noise_error(
         self, condition: Tensor, batch: RossMicrobatch, share: Tensor, mean: Tensor, logvar: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Squared errors of predicted noise, float32 [K, n_share], and how many elements are in each."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of predicted noise, float32 [K, n_share], how many elements are in each, and timesteps."""
         noise = self._noise(batch, share)
         x_t, t = self._noised(mean, logvar, noise)
-        return ops.score(self._denoise(x_t, t, condition), noise)
+        return *ops.score(self._denoise(x_t, t, condition), noise), t
 
     def _latent_error(
         self, condition: Tensor, batch: RossMicrobatch, share: Tensor, mean: Tensor, logvar: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Squared errors of predicted latents, float32 [1, n_share], and how many elements are in each."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of predicted latents, float32 [1, n_share], how many elements are in each, and timesteps 0."""
         vae = self.vae_config
         target = to_tokens(group_latents((mean - vae.shift_factor) * vae.scaling_factor))
-        error = self._denoise(*self._no_input(share.numel(), condition), condition).float().squeeze(0) - target
+        x_t, t = self._no_input(share.numel(), condition)
+        error = self._denoise(x_t, t, condition).float().squeeze(0) - target
         squared_error = error.square().sum(dim=(1, 2))[None]
-        return squared_error, torch.full_like(squared_error, target[0].numel(), dtype=torch.int64)
+        return squared_error, torch.full_like(squared_error, target[0].numel(), dtype=torch.int64), t
+
+    def image_conditions(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
+        """What all images of a microbatch give the denoiser: hidden states [s, b, h] -> [n, N, h]."""
+        return self._condition(hidden, batch, torch.arange(batch.num_images, device=hidden.device))
+
+    @torch.no_grad()
+    def sample_latents(self, condition: Tensor, respacing: str, seeds: Sequence[int]) -> Tensor:
+        """Images painted from nothing but their conditions [n, N, h]: grouped latents, float32 [n, C4, g, g].
+
+        Args:
+            respacing: sampling steps, see `diffusion.respaced_timesteps`; `regress` takes one pass and no noise.
+            seeds: of each image's noise.
+        """
+        if self.objective == "regress":
+            x_t, t = self._no_input(condition.shape[0], condition)
+            return to_grid(self._denoise(x_t, t, condition).float().squeeze(0))
+        side = self.model.vision.grid_size
+        shape = (4 * self.vae_config.latent_channels, side, side)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise(_: int = 0) -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(condition.device)
+
+        embedded = self.denoiser.embed_condition(condition)
+        tables = respace(cosine_tables(), respacing).to(condition.device)
+        return sample(lambda x, t: self.denoiser.predict_noise(x, t, embedded), noise(), noise, tables)
 
     def _posterior(self, batch: RossMicrobatch, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Moments [n_wanted, C, 2g, 2g] of images of this rank's share, encoded here or read from a cache."""

@@ -12,6 +12,7 @@ head on an earlier stage attaches its loss to the hidden states it passes on.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from megatron.core.enums import ModelType
@@ -31,6 +32,7 @@ from megatron_ross.losses import LossScales
 from megatron_ross.models.language import padded_vocab_size, rotary_embedding
 from megatron_ross.models.layer_specs import decoder_layer_spec, final_norm
 from megatron_ross.models.lm_head import VocabularyShard, lm_head_loss_sum
+from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.models.reconstruction import ReconstructionHead
 from megatron_ross.models.vision_encoder import VisionEncoder
 from megatron_ross.parallel.attached_loss import attach_loss
@@ -39,6 +41,9 @@ from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.parallel.param_gather import WaitFor, nothing_to_wait_for
 from megatron_ross.parallel.shares import to_heads
 from megatron_ross.platform import current_device
+
+ReadHeads = Callable[["RossStage", Tensor, RossMicrobatch], None]
+"""Gets a stage with heads, the hidden states [s, b, h] that they see, and the microbatch."""
 
 
 class StepLosses:
@@ -85,6 +90,9 @@ class RossStage(MegatronModule):
         vision_tower_dtype: see `VisionEncoder`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
+
+    breakdown: LossBreakdown | None = None  # set while someone looks at single losses
+    on_heads: ReadHeads | None = None  # called instead of computing losses
 
     def __init__(
         self,
@@ -195,25 +203,36 @@ class RossStage(MegatronModule):
         Tensor-parallel ranks return the same LM loss but each its own images' share of the reconstruction loss.
         """
         hidden = self.backbone(batch)
-        losses = []
+        losses: list[Tensor] = []
         if self.spec.has("D") or self.spec.has("H"):
             full = to_heads(
                 hidden, sequence_parallel=self.config.sequence_parallel, tp_group=self.groups.tp
             )  # [s, b, h]
-            if self.spec.has("D"):
-                self.wait_for(self.reconstruction)
-                losses.append(self.reconstruction(full, batch, skip=scales.recon == 0) * scales.recon)
-                self.losses.add(recon=losses[-1])
-            if self.spec.has("H"):
-                self.wait_for(self.output_layer)
-                losses.append(self.lm_loss(full, batch) * scales.lm)
-                self.losses.add(lm=losses[-1])
+            if self.on_heads is None:
+                losses = self._losses_of(full, batch, scales)
+            else:
+                self.on_heads(self, full, batch)
+                losses = [full.new_zeros(())]
         if self.is_last:
             return sum(losses[1:], start=losses[0])
         for loss in losses:
             hidden = attach_loss(hidden, loss, self.config.grad_scale_func)
         # What is sent must own its storage, and the schedule's backward pass wants a gradient for it.
         return make_viewless_tensor(hidden.contiguous(), requires_grad=True, keep_graph=hidden.requires_grad)
+
+    def _losses_of(self, full: Tensor, batch: RossMicrobatch, scales: LossScales) -> list[Tensor]:
+        """Scaled losses of this stage's heads, from hidden states [s, b, h]."""
+        losses = []
+        if self.spec.has("D"):
+            self.wait_for(self.reconstruction)
+            recon = self.reconstruction(full, batch, self.breakdown, skip=scales.recon == 0)
+            losses.append(recon * scales.recon)
+            self.losses.add(recon=losses[-1])
+        if self.spec.has("H"):
+            self.wait_for(self.output_layer)
+            losses.append(self.lm_loss(full, batch) * scales.lm)
+            self.losses.add(lm=losses[-1])
+        return losses
 
     def backbone(self, batch: RossMicrobatch) -> Tensor:
         """Everything before the heads: V, E, t, N as far as this stage holds them; [s, b, h] or its sequence shard."""
@@ -262,12 +281,14 @@ class RossStage(MegatronModule):
         rows = hidden.transpose(0, 1).flatten(0, 1)
         labels = batch.labels.flatten()
         positions = (labels >= 0).nonzero().squeeze(1)
+        breakdown = self.breakdown
         return lm_head_loss_sum(
             rows[positions],
             self.output_weight,
             labels[positions],
             self._vocabulary,
             chunk_tokens=self.lm_head_chunk_tokens,
+            observe=None if breakdown is None else lambda losses: breakdown.add_lm(losses, batch, positions),
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.data.batch import RossMicrobatch, image_token_positions
@@ -40,7 +41,8 @@ class VisionEncoder(nn.Module):
         self.allow_tf32 = tower_dtype == "tf32"
         self.num_image_tokens = model.vision.num_image_tokens
         device = current_device()
-        self.vision_tower = VisionTower(model.vision).to(device=device, dtype=self.tower_dtype)
+        with no_init_weights():  # they come from a checkpoint; random ones cost ten seconds per rank
+            self.vision_tower = VisionTower(model.vision).to(device=device, dtype=self.tower_dtype)
         self.projector = build_projector(model.projector, model.vision.hidden_size, model.language.hidden_size)
         self.projector.to(device=device, dtype=config.params_dtype)
 

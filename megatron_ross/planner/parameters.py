@@ -121,13 +121,14 @@ def tower_shapes(config: VisionConfig, trainable: bool) -> Iterator[_Shape]:
 
 
 def _tower_block(config: VisionConfig, trainable: bool) -> Iterator[_Shape]:
+    """Attention and MLP; SigLIP's module has each norm before its layer, CLIP's behind it."""
     width, inner = config.hidden_size, config.hf_config["intermediate_size"]
-    yield from _norm("tower", width, trainable)
-    for _ in "kvqo":
-        yield from _linear("tower", width, width, trainable)
-    yield from _norm("tower", width, trainable)
-    yield from _linear("tower", width, inner, trainable)
-    yield from _linear("tower", inner, width, trainable)
+    attention = [shape for _ in "kvqo" for shape in _linear("tower", width, width, trainable)]
+    mlp = [*_linear("tower", width, inner, trainable), *_linear("tower", inner, width, trainable)]
+    norm = [*_norm("tower", width, trainable)]
+    is_clip = config.model_type == "clip_vision_model"
+    for layer in (attention, mlp):
+        yield from (*layer, *norm) if is_clip else (*norm, *layer)
 
 
 def _pooling_head(config: VisionConfig) -> Iterator[_Shape]:

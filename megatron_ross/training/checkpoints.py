@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,10 @@ def prepare_run_folder(run: RunConfig) -> None:
         OSError: they cannot; names the folder.
     """
     folder = Path(run.training.save) / CHECKPOINTS_NAME
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:  # a name of its own: all ranks do this at the same time
+            probe.write(b"probe")
     except OSError as error:
         raise OSError(f"save={run.training.save!r}: cannot write there ({error.strerror}); choose another") from error
 

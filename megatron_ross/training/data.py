@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ross.config.blend import data_sources
+from megatron_ross.config.blend import DataSource, data_sources, valid_source
 from megatron_ross.config.features import sequence_multiple
 from megatron_ross.config.model import VisionConfig
 from megatron_ross.config.schema import DataConfig, RunConfig
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.decoders import PixelDecoder
+from megatron_ross.data.held_out import FixedOrder, held_out_ids, kept_ids, validation_order
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.latent_cache import LatentCache, LatentReader
 from megatron_ross.data.lengths import modality_lengths, token_lengths
@@ -30,9 +32,22 @@ TrainingSet = RossDataset | ConcatDataset
 
 
 def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
-    """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower."""
+    """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower.
+
+    What `valid_split` holds out is in it, too; the orders of training and of validation tell the samples apart.
+    """
+    datasets = _open(run, data_sources(run.data), vision, assets)
+    return ConcatDataset(datasets) if run.data.blend else datasets[0]
+
+
+def build_valid_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> RossDataset | None:
+    """What `valid_data_path` names, prepared as the training set is."""
+    return _open(run, [valid_source(run.data)], vision, assets)[0] if run.data.valid_data_path else None
+
+
+def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, assets: Path) -> list[RossDataset]:
     tokenizer = load_tokenizer(assets)
-    datasets = [
+    return [
         RossDataset(
             source.data_path,
             source.image_folder or None,
@@ -44,9 +59,8 @@ def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> Trainin
             reference=run.loss.loss_mode == "reference",
             allow_image_symlinks=run.data.allow_image_symlinks,
         )
-        for source in data_sources(run.data)
+        for source in sources
     ]
-    return ConcatDataset(datasets) if run.data.blend else datasets[0]
 
 
 def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | None = None) -> SampleOrder:
@@ -60,10 +74,14 @@ def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | N
     if data.group_by_modality_length:
         num_microbatches = data.global_batch_size // data.micro_batch_size
         order = GroupedOrder(
-            modality_lengths(dataset), seed, batch_size=data.micro_batch_size, world_size=num_microbatches, base=blend
+            modality_lengths(dataset),
+            seed,
+            batch_size=data.micro_batch_size,
+            world_size=num_microbatches,
+            base=blend or SampleOrder(len(dataset), seed, shuffle=False, ids=_kept(run, len(dataset))),
         )
     else:
-        order = blend or SampleOrder(len(dataset), seed)
+        order = blend or SampleOrder(len(dataset), seed, ids=_kept(run, len(dataset)))
     if data.packing:
         known = token_lengths(dataset) if lengths is None else lengths
         return PackedOrder(order, known, data.seq_length, data.packing_lookahead)
@@ -75,7 +93,43 @@ def _blended(run: RunConfig, dataset: ConcatDataset) -> BlendedOrder:
     sizes = [len(part) for part in dataset.datasets]
     weights = [source.weight for source in sources if source.weight is not None]
     epochs = [source.epochs for source in sources if source.epochs is not None]
-    return BlendedOrder(sizes, epochs_from_weights(sizes, weights) if weights else epochs, run.loss.seed)
+    if not run.data.valid_split:
+        return BlendedOrder(sizes, epochs_from_weights(sizes, weights) if weights else epochs, run.loss.seed)
+    kept = [kept_ids(size, held_out_ids(size, run.data.valid_split)) for size in sizes]
+    passes = epochs_from_weights([len(ids) for ids in kept], weights) if weights else epochs
+    return BlendedOrder(sizes, passes, run.loss.seed, ids=kept)
+
+
+def _kept(run: RunConfig, num_samples: int) -> np.ndarray | None:
+    """What is trained on; None: all samples."""
+    split = run.data.valid_split
+    return kept_ids(num_samples, held_out_ids(num_samples, split)) if split else None
+
+
+def build_valid_order(run: RunConfig, dataset: TrainingSet) -> FixedOrder:
+    """The batches of every validation: of `valid_data_path`'s samples, or of those that `valid_split` holds out.
+
+    Args:
+        dataset: from `build_valid_dataset`, or the training set.
+    """
+    data = run.data
+    order = valid_samples(run, dataset)
+    if data.packing:
+        order = PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
+    return validation_order(order, data.global_batch_size, run.observation.eval_iters)
+
+
+def valid_samples(run: RunConfig, dataset: TrainingSet) -> SampleOrder:
+    """All held-out samples in an order that no setting changes; the first epoch counts. Arguments as above."""
+    return SampleOrder(len(dataset), ids=None if run.data.valid_data_path else _held_out(run, dataset))
+
+
+def _held_out(run: RunConfig, dataset: TrainingSet) -> np.ndarray:
+    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    ends = np.cumsum([len(part) for part in parts])
+    return np.concatenate(
+        [held_out_ids(len(p), run.data.valid_split) + end - len(p) for p, end in zip(parts, ends, strict=True)]
+    )
 
 
 def source_names(data: DataConfig) -> list[str]:
@@ -87,7 +141,8 @@ def build_loader(
     run: RunConfig, dataset: TrainingSet, order: SampleOrder, groups: ParallelGroups, *, letters: set[str]
 ) -> RossLoader:
     """This rank's loader. Metadata is the same on all ranks of a replica; the `letters` of its stages say what else it
-    needs: pixels for the tower, and for the reconstruction loss pixels or cached latents."""
+    needs: pixels for the tower, and for the reconstruction loss pixels or cached latents. A `FixedOrder` is read once
+    from its beginning to its end, until the loader is rewound."""
     data, tp_size = run.data, groups.tp.size()
     is_cached = bool(data.latent_cache)
     needs_pixels = "V" in letters or ("D" in letters and not is_cached)
@@ -109,9 +164,15 @@ def build_loader(
         num_workers=data.num_workers,
         decoder=_decoder(data, dataset.image_processor) if needs_pixels else None,
         latents=LatentReader(LatentCache(Path(data.latent_cache)), data.num_workers) if needs_latents else None,
-        bad_samples=_bad_sample_policy(run),
-        source_ends=dataset.ends if isinstance(dataset, ConcatDataset) else (),
+        bad_samples=_bad_sample_policy(run, write=not isinstance(order, FixedOrder)),
+        source_ends=source_ends(dataset),
+        num_sequences=order.num_sequences if isinstance(order, FixedOrder) else None,
     )
+
+
+def source_ends(dataset: TrainingSet) -> list[int]:
+    """One past the last sample id of each source of a blend."""
+    return dataset.ends if isinstance(dataset, ConcatDataset) else []
 
 
 def _decoder(data: DataConfig, processor: ImageProcessor) -> PixelDecoder | None:
@@ -124,8 +185,9 @@ def _decoder(data: DataConfig, processor: ImageProcessor) -> PixelDecoder | None
     return DaliDecoder(processor, num_threads=data.num_workers, device_id=device)
 
 
-def _bad_sample_policy(run: RunConfig) -> BadSamplePolicy:
-    folder = Path(run.training.save) if run.training.save else None
+def _bad_sample_policy(run: RunConfig, *, write: bool) -> BadSamplePolicy:
+    """`write`: findings go to the run folder; those of validation would be there again and again."""
+    folder = Path(run.training.save) if run.training.save and write else None
     return BadSamplePolicy(
         agree=_maximum_over_ranks,
         max_bad_share=run.data.max_bad_sample_share,

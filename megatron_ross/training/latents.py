@@ -24,6 +24,7 @@ from megatron_ross.checkpoint.vae import load_latent_encoder, vae_digest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.batch import ImageSpan
+from megatron_ross.data.dataset import ConcatDataset
 from megatron_ross.data.errors import ImageError, SampleError
 from megatron_ross.data.images import ImageProcessor, decode_image
 from megatron_ross.data.latent_cache import (
@@ -36,7 +37,7 @@ from megatron_ross.data.latent_cache import (
     write_shard,
 )
 from megatron_ross.models.latents import LatentEncoder
-from megatron_ross.training.data import TrainingSet, build_dataset
+from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset
 from megatron_ross.training.start import start_path
 
 _MAX_EXAMPLES = 5
@@ -140,8 +141,13 @@ def posterior_moments(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
 
 
 def _data_set(run: RunConfig) -> TrainingSet:
+    """All samples of the run: what it trains on, then what it validates on."""
     source = resolve_checkpoint(start_path(run))
-    return build_dataset(run, Manifest.read(source).model.vision, source / ASSETS_NAME)
+    vision, assets = Manifest.read(source).model.vision, source / ASSETS_NAME
+    training, valid = build_dataset(run, vision, assets), build_valid_dataset(run, vision, assets)
+    if valid is None:
+        return training
+    return ConcatDataset([*(training.datasets if isinstance(training, ConcatDataset) else [training]), valid])
 
 
 _worker: _Worker | None = None

@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
         return _leave(EXIT_ERROR, rank, f"error: {error}")
     except RuntimeError as error:
         if _lost_peer(error):
-            return _leave(EXIT_ERROR, rank, "stopped: another rank ended or cannot be reached")
+            # At once: whoever waits for this rank learns of the loss when it leaves, one after the other.
+            return _leave(EXIT_ERROR, rank, "stopped: another rank ended or cannot be reached", say_it_once=False)
         if not _is_expected(error):
             raise
         return _leave(EXIT_ERROR, rank, f"error: {error}")
@@ -98,10 +99,10 @@ def _lost_peer(error: RuntimeError) -> bool:
     return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
 
 
-def _leave(code: int, rank: int, message: str) -> int:
-    """Say it once, and leave without waiting for the other ranks: torchrun ends them."""
+def _leave(code: int, rank: int, message: str, *, say_it_once: bool = True) -> int:
+    """Leave with a message, without waiting for the other ranks: torchrun ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if rank:
+    if rank and say_it_once:
         time.sleep(_SAY_IT_ONCE_S)  # all ranks see most mistakes; torchrun ends this one as soon as the first has left
     print(message if rank == 0 else f"rank {rank}: {message}", file=sys.stderr, flush=True)
     os._exit(code)

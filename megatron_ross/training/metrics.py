@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.models.pictures import below_each_other, bytes_to_pil, side_by_side
+from megatron_ross.training.samples import Samples
+
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+SAMPLES_FOLDER = "samples"
+
+
+@dataclass(frozen=True)
+class BrokenDownLosses:
+    """Means by timestep range of the denoiser and by source of a blend; empty where nobody asked for them."""
+
+    recon_loss_by_timestep: dict[str, float] = field(default_factory=dict)
+    lm_loss_by_source: dict[str, float] = field(default_factory=dict)
+    recon_loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,23 @@ class IntervalMetrics:
     save_stall_seconds: float  # that training stood still for saves in this interval
     bad_samples: dict[str, int]  # since the run's start, by status: bad (skipped), mismatch (masked), images_cut
     samples_by_source: dict[str, int]  # consumed since the run's start from each source of a blend
+    losses: BrokenDownLosses
+
+
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """One pass over the held-out samples: means over all of their supervised tokens and images."""
+
+    iteration: int
+    consumed_samples: int  # by training
+    lm_loss: float
+    recon_loss: float
+    losses: BrokenDownLosses
+    num_samples: int
+    num_tokens: int  # supervised
+    num_images: int  # reconstructed
+    seconds: float
+    bad_samples: dict[str, int]  # of this pass, by status
 
 
 class Interval:
@@ -65,6 +101,15 @@ class Interval:
         self._flops += flops
         self._data_wait += wait
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training does not count."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._begin += time.perf_counter() - begin
+
     @property
     def num_steps(self) -> int:
         return len(self._steps)
@@ -84,6 +129,7 @@ class Interval:
         save_stall: float,
         bad_samples: dict[str, int],
         samples_by_source: dict[str, int],
+        losses: BrokenDownLosses,
     ) -> IntervalMetrics:
         """Metrics since the last call; starts a new interval."""
         seconds = time.perf_counter() - self._begin
@@ -105,6 +151,7 @@ class Interval:
             save_stall_seconds=save_stall,
             bad_samples=bad_samples,
             samples_by_source=samples_by_source,
+            losses=losses,
         )
         self.__init__()  # type: ignore[misc]
         return metrics
@@ -122,13 +169,13 @@ class RunLog:
     def __init__(self, run: RunConfig, train_iters: int, start_iteration: int) -> None:
         self._train_iters = train_iters
         self._folder = Path(run.training.save) if run.training.save else None
-        self._jsonl = self._tensorboard = self._wandb = None
+        self._tensorboard = self._wandb = None
+        self._files: dict[str, IO[str]] = {}
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
-        _drop_lines_after(path, start_iteration)
-        self._jsonl = path.open("a")
+        for name in (METRICS_FILE, VALIDATION_FILE):
+            _drop_lines_after(self._folder / name, start_iteration)
         if run.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -143,17 +190,68 @@ class RunLog:
     def write(self, metrics: IntervalMetrics) -> None:
         """One interval to every destination."""
         print(_line(metrics, self._train_iters), flush=True)
-        if self._jsonl is not None:
-            self._jsonl.write(json.dumps(_finite_or_text(asdict(metrics))) + "\n")
-            self._jsonl.flush()
+        self._write(METRICS_FILE, "train", metrics)
+
+    def write_validation(self, metrics: ValidationMetrics) -> None:
+        """One validation to every destination."""
+        print(_validation_line(metrics, self._train_iters), flush=True)
+        self._write(VALIDATION_FILE, "valid", metrics)
+
+    def write_samples(self, iteration: int, samples: Samples) -> None:
+        """Answers and pictures to the run's folder `samples`, TensorBoard and Weights & Biases."""
+        assert self._folder is not None, "without a folder there is nowhere to write to"
+        folder = self._folder / SAMPLES_FOLDER
+        folder.mkdir(exist_ok=True)
+        print(_samples_line(iteration, self._train_iters, samples), flush=True)
+        name = f"iteration-{iteration:07d}"
+        answers = [asdict(answer) for answer in samples.answers]
+        if answers:
+            text = json.dumps({"iteration": iteration, "answers": answers}, indent=1, ensure_ascii=False)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            self._log_answers(iteration, answers)
+        if samples.panels is not None:
+            rows = [side_by_side(bytes_to_pil(row)) for row in samples.panels]
+            grid = below_each_other(rows)
+            grid.save(folder / f"{name}.png")
+            self._log_pictures(iteration, grid)
+
+    def _log_answers(self, iteration: int, answers: list[dict[str, Any]]) -> None:
+        columns = list(answers[0])
+        cells = [[str(answer[column]) for column in columns] for answer in answers]
         if self._tensorboard is not None:
-            for name, value in _scalars(metrics).items():
-                self._tensorboard.add_scalar(f"train/{name}", value, metrics.iteration)
+            lines = [columns, ["---"] * len(columns), *cells]
+            self._tensorboard.add_text("samples/answers", "\n".join(map(_markdown_row, lines)), iteration)
         if self._wandb is not None:
-            self._wandb.log({f"train/{k}": v for k, v in _scalars(metrics).items()}, step=metrics.iteration)
+            import wandb
+
+            self._wandb.log({"samples/answers": wandb.Table(columns=columns, data=cells)}, step=iteration)
+
+    def _log_pictures(self, iteration: int, grid: Image.Image) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.add_image("samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples/pictures": wandb.Image(grid)}, step=iteration)
+
+    def _write(self, file_name: str, prefix: str, metrics: IntervalMetrics | ValidationMetrics) -> None:
+        values = _flat(metrics)
+        if self._folder is not None:
+            if file_name not in self._files:
+                self._files[file_name] = (self._folder / file_name).open("a")
+            self._files[file_name].write(json.dumps(_finite_or_text(values)) + "\n")
+            self._files[file_name].flush()
+        scalars = {f"{prefix}/{name}": value for name, value in _scalars(values).items()}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, metrics.iteration)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=metrics.iteration)
 
     def close(self) -> None:
-        for sink, method in ((self._jsonl, "close"), (self._tensorboard, "close"), (self._wandb, "finish")):
+        for file in self._files.values():
+            file.close()
+        for sink, method in ((self._tensorboard, "close"), (self._wandb, "finish")):
             if sink is not None:
                 getattr(sink, method)()
 
@@ -166,21 +264,58 @@ def _line(m: IntervalMetrics, train_iters: int) -> str:
         f"TFLOP/s/rank {m.tflops_per_rank:.3g} | ms/iteration {m.seconds_per_iteration * 1e3:.0f} | "
         f"data wait ms {m.data_wait_seconds * 1e3:.0f} | memory GiB {m.memory_gib:.2f} | skipped {m.skipped_iterations}"
         + (f" | save stall ms {m.save_stall_seconds * 1e3:.0f}" if m.save_stall_seconds else "")
-        + "".join(f" | {name} samples {count}" for name, count in sorted(m.bad_samples.items()))
+        + _bad_samples(m.bad_samples)
     )
 
 
-def _scalars(metrics: IntervalMetrics) -> dict[str, float]:
+def _validation_line(m: ValidationMetrics, train_iters: int) -> str:
+    return (
+        f"iteration {m.iteration:>7}/{train_iters} | validation on {m.num_samples} samples | "
+        f"lm loss {m.lm_loss:.4f} | recon loss {m.recon_loss:.4f} | tokens {m.num_tokens} | images {m.num_images} | "
+        f"seconds {m.seconds:.2f}" + _bad_samples(m.bad_samples)
+    )
+
+
+def _samples_line(iteration: int, train_iters: int, samples: Samples) -> str:
+    num_pictures = 0 if samples.panels is None else len(samples.panels)
+    return (
+        f"iteration {iteration:>7}/{train_iters} | {num_pictures} pictures and {len(samples.answers)} answers | "
+        f"seconds {samples.seconds:.2f}"
+    )
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _bad_samples(counts: dict[str, int]) -> str:
+    return "".join(f" | {name} samples {count}" for name, count in sorted(counts.items()))
+
+
+def _flat(metrics: IntervalMetrics | ValidationMetrics) -> dict[str, Any]:
+    """A dictionary with the parts of `losses` beside the other values."""
+    values = asdict(metrics)
+    losses = values.pop("losses")
+    return values | losses
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
     """Numbers by name; those of a dictionary as `name/key`."""
     scalars: dict[str, float] = {}
-    for name, value in asdict(metrics).items():
+    for name, value in values.items():
         scalars |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return scalars
 
 
 def _finite_or_text(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    def text(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite_or_text(value)
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: text(value) for name, value in values.items()}
 
 
 def _drop_lines_after(path: Path, iteration: int) -> None:

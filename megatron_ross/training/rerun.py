@@ -7,7 +7,6 @@ non-finite step. `report_determinism_stats` repeats every step and reports how f
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,8 @@ from megatron.core.rerun_state_machine import (
 )
 from torch import Tensor
 
+from megatron_ross.platform import show_log
+
 RerunModeName = Literal["disabled", "validate_results", "report_determinism_stats"]
 FILE_NAME = "rejected_results.jsonl"
 
@@ -32,7 +33,7 @@ def start_rerun(mode: RerunModeName, folder: Path | None) -> Rerun | None:
     destroy_rerun_state_machine()
     tracker = None if folder is None else str(folder / FILE_NAME)
     initialize_rerun_state_machine(mode=RerunMode(mode), result_rejected_tracker_filename=tracker)
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.INFO)
+    show_log("megatron.core.rerun_state_machine")
     return Rerun()
 
 

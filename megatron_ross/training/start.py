@@ -18,11 +18,17 @@ from megatron_ross.config.schema import RunConfig
 
 def start_path(run: RunConfig) -> Path:
     """Where weights come from: the run to resume if it has a checkpoint, else `init_from`."""
-    return checkpoints_of(run.training.load if is_resume(run) else run.training.init_from)
+    if not is_resume(run):
+        return checkpoints_of(run.training.init_from)
+    root = checkpoints_of(run.training.load)
+    return _unnamed(root) or root
 
 
 def is_resume(run: RunConfig) -> bool:
     """`load` names a run with a complete checkpoint. Without one, a run that also names `init_from` starts afresh.
+
+    A run that was killed between the last two steps of its first save, which give the folder its name and then write
+    `latest`, has a complete checkpoint, too: torchrun starts it again without asking anybody.
 
     Raises:
         ConfigError: there is nothing to load, and nothing to start from instead.
@@ -34,10 +40,16 @@ def is_resume(run: RunConfig) -> bool:
     if run.training.init_from and not _was_ever_saved(root):
         return False
     try:
-        resolve_checkpoint(root)
+        resolve_checkpoint(_unnamed(root) or root)
     except ValueError as error:
         raise ConfigError(f"load={run.training.load!r}: {error}; {_what_to_do(root)}") from None
     return True
+
+
+def _unnamed(root: Path) -> Path | None:
+    """The newest complete checkpoint, where there is no `latest` to name one."""
+    iterations = complete_iterations(root)
+    return iteration_dir(root, iterations[-1]) if iterations and not (root / LATEST_NAME).exists() else None
 
 
 def _was_ever_saved(root: Path) -> bool:

@@ -12,7 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ross.checkpoint.loading import base_of, load_checkpoint, load_weights, verify_checkpoint
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.state import training_state
+from megatron_ross.checkpoint.vae import load_latent_encoder
 from megatron_ross.compat import probe
 from megatron_ross.config.cli import write_resolved
 from megatron_ross.config.features import resolve_features
@@ -32,6 +34,7 @@ from megatron_ross.training.data import build_dataset, build_loader, build_order
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
+from megatron_ross.training.observations import Observations
 from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.rerun import start_rerun
 from megatron_ross.training.signals import StopSignal
@@ -81,6 +84,17 @@ class Trainer:
             groups,
             letters={letter for stage in self.stages for letter in stage.spec.letters},
         )
+        self.observations = Observations(
+            run,
+            manifest.model,
+            self.assets,
+            self.dataset,
+            self.chunks,
+            groups,
+            layout.pp_rank_of("D"),
+            lambda: load_latent_encoder(open_checkpoint(self.base)),
+            self.watchdog.beat,
+        )
         self.checkpoints = RunCheckpoints(run, self.assets, self._print) if self.folder else None
         self.rerun = start_rerun(run.training.rerun_mode, self.folder)
         self.straggler = StragglerReport(run.training.log_straggler)
@@ -125,6 +139,15 @@ class Trainer:
                 wait=self.loader.wait_s,
             )
             stopped_by = self._agree(stop)
+            if not stopped_by and self.observations.is_due(self.iteration, self.train_iters):
+                with interval.paused():
+                    self.observations.look(
+                        self.iteration,
+                        self.train_iters,
+                        self.loader.consumed_samples,
+                        log,
+                        lambda: bool(self._agree(stop)),
+                    )
             if self._is_save_due():
                 self.save()
                 saved_at = self.iteration
@@ -151,6 +174,7 @@ class Trainer:
     def _close(self, log: RunLog | None) -> None:
         self.watchdog.stop()
         self.loader.close()
+        self.observations.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
         if log is not None:
@@ -211,6 +235,7 @@ class Trainer:
             save_stall=0.0 if self.checkpoints is None else self.checkpoints.take_stall(),
             bad_samples=self.loader.bad_sample_counts,
             samples_by_source=dict(zip(source_names(self.run.data), self.loader.consumed_by_source, strict=True)),
+            losses=self.observations.take_training_losses(),
         )
         self.last_losses = {"lm_loss": metrics.lm_loss, "recon_loss": metrics.recon_loss}
         if log is not None:

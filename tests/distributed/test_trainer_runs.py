@@ -88,10 +88,15 @@ def saved(
     settings: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A run on TP2 x PP2 that saves and goes on: (its layout, settings to resume with, what it did after the save)."""
+    """A run on TP2 x PP2 that saves and goes on: (its layout, settings to resume with, what it did after the save).
+
+    Stage 1 saves what it trains, asynchronously; stage 2 saves everything, in the foreground.
+    """
     folder = tmp_path_factory.mktemp("run")
-    layout = STAGE1_TP2PP2 if request.param == "stage1" else TP2PP2
-    flat = settings | {"freeze_language_model": request.param == "stage1", "lr": 1e-3}
+    is_stage1 = request.param == "stage1"
+    layout = STAGE1_TP2PP2 if is_stage1 else TP2PP2
+    flat = settings | {"freeze_language_model": is_stage1, "lr": 1e-3}
+    flat |= {"async_save": is_stage1, "save_trainable_only": is_stage1}
     run_ranks(curve, 4, flat | layout | {"save": str(folder)}, SAVED_AT, save=True)
     whole = run_ranks(curve, 4, flat | layout, SAVED_AT + RESUMED_STEPS)[0]
     return layout, flat | {"load": str(folder), "init_from": ""}, whole
@@ -155,3 +160,17 @@ def test_trainable_only_checkpoint_is_small_whole_and_resumes(settings: dict[str
     resumed = run_ranks(curve, 4, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
     assert resumed["losses"] == whole["losses"][2:]
     assert all(torch.equal(resumed["parameters"][name], t) for name, t in whole["parameters"].items())
+
+
+def test_stage_2_starts_from_a_trainable_only_checkpoint_of_stage_1(settings: dict[str, Any], tmp_path: Path) -> None:
+    """`init_from` the run of stage 1: its projector and denoiser, all other weights of its base, a new optimizer."""
+    stage1 = settings | STAGE1_TP2PP2 | {"freeze_language_model": True, "lr": 1e-3}
+    stage1 |= {"async_save": True, "save_trainable_only": True, "save": str(tmp_path)}
+    trained = run_ranks(curve, 4, stage1, 2, save=True)[0]["parameters"]
+    untrained = run_ranks(curve, 2, settings | VPP2, 0)[0]["parameters"]
+    start = run_ranks(curve, 2, settings | VPP2 | {"init_from": str(tmp_path)}, 0)[0]
+    assert start["iteration"] == 0
+    assert trained.keys() < start["parameters"].keys() == untrained.keys()
+    for name, got in start["parameters"].items():
+        assert torch.equal(got, trained.get(name, untrained[name])), name
+    assert any(not torch.equal(t, untrained[name]) for name, t in trained.items())

@@ -1,14 +1,18 @@
-"""SIGKILL at chosen and at random points of real torchrun runs of four ranks: nothing is lost, nothing is repeated.
+"""Signals at chosen and at random points of torchrun runs of four ranks: nothing is lost, nothing is repeated.
 
-torchrun starts all ranks again, up to --max-restarts times, without help; they resume from the last complete
-checkpoint. Losses of every iteration, and the digest of all samples seen, must equal those of a run without faults.
+Killed ranks are started again by torchrun, up to --max-restarts times, without help; they resume from the last complete
+checkpoint. Ranks that are asked to stop save and leave, and the same command again goes on. Losses of every iteration,
+and the digest of all samples seen, must equal those of a run without faults, to the last bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +22,81 @@ import pytest
 
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from tests.helpers import faulty_training
+from tests.helpers.distributed import run_ranks
 from tests.helpers.sources import ROOT
-from tests.helpers.toy_run import write_data
+from tests.helpers.toy_run import train, write_data
 from tests.helpers.variants import make_variant
 
 pytestmark = pytest.mark.faults
-NUM_RANKS, ITERATIONS, NUM_RANDOM = 4, 12, 20
-RANDOM_ITERATIONS = 40
+NUM_RANKS, ITERATIONS, NUM_RANDOM = 4, 24, 20
+START_S, RESTART_S = 900.0, 90.0
+"""Limits on a machine that has a lot else to do."""
+
+
+class Run:
+    """A run folder, and the torchrun command that trains in it."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.log, self.faults = folder, folder / "log", folder / "faults.json"
+        self.settings = settings | {"save": str(folder), "load": str(folder), "train_iters": ITERATIONS}
+
+    def start(self, faults: list[dict[str, Any]], max_restarts: int = 0) -> int:
+        """Train until torchrun ends; its exit code. Nothing that it started is left."""
+        self.faults.write_text(json.dumps(faults))
+        arguments = [
+            text for name, value in self.settings.items() for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.preloaded_torchrun", "--standalone"]
+        command += ["--nproc-per-node", str(NUM_RANKS), "--max-restarts", str(max_restarts)]
+        command += ["--signals-to-handle", "SIGTERM,SIGUSR1", faulty_training.__file__, str(self.faults)]
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a restarted group would meet at the keys of the one before
+        }
+        with self.log.open("ab") as out:
+            process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            return process.wait(START_S + RESTART_S * max_restarts)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"torchrun did not end in time:\n{self.tail()}") from None
+        finally:
+            _kill_session(process)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:]
+
+    def starts(self) -> list[int]:
+        """At which iteration the ranks started each time."""
+        return [int(found) for found in re.findall(r"starting at iteration (\d+)", self.log.read_text())]
+
+    def sent(self) -> set[int]:
+        """Numbers of the starts in which a signal was sent."""
+        return set(map(int, self.faults.with_name("faults.json.sent").read_text().split()))
+
+    def manifest(self) -> Manifest:
+        """Of the last checkpoint."""
+        return Manifest.read(resolve_checkpoint(self.folder / "checkpoints"))
+
+    def history(self) -> tuple[list[tuple[Any, ...]], str]:
+        """(iteration, losses, gradient norm) of every line of the log, and the digest of the samples seen."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [(line["iteration"], line["lm_loss"], line["recon_loss"], line["grad_norm"]) for line in lines]
+        return rows, self.manifest().training["data"]["digest"]
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """torchrun, and the server of its ranks with them."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -45,75 +117,79 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, settings: dict[str, Any], faults: list[dict[str, Any]], iterations: int) -> None:
-    """Train to the end under torchrun, which may start the ranks again as often as there are faults."""
-    flat = settings | {"save": str(folder), "load": str(folder), "train_iters": iterations}
-    arguments = [text for name, value in flat.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_RANKS)]
-    command += ["--standalone", "--max-restarts", str(len(faults)), faulty_training.__file__, json.dumps(faults)]
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a restarted group would meet at the keys of the one before
-    }
-    log = folder / "log"
-    with log.open("wb") as out:
-        done = subprocess.run(
-            [*command, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            timeout=120 + 60 * len(faults),
-            check=False,
-        )
-    assert done.returncode == 0, log.read_text()[-4000:]
-
-
-def history(folder: Path) -> tuple[list[tuple[Any, ...]], str]:
-    """(iteration, losses, gradient norm) of every line of the log, and the digest of the samples seen."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    digest = Manifest.read(resolve_checkpoint(folder / "checkpoints")).training["data"]["digest"]
-    return [(line["iteration"], line["lm_loss"], line["recon_loss"], line["grad_norm"]) for line in lines], digest
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run(folder, settings, [], ITERATIONS)
-    return folder
+def expected(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[Any, ...]], str]:
+    """What four ranks do without torchrun and without faults."""
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), settings)
+    assert run_ranks(train, NUM_RANKS, run.settings, timeout_s=START_S) == [""] * NUM_RANKS
+    rows, digest = run.history()
+    assert [row[0] for row in rows] == list(range(1, ITERATIONS + 1))
+    assert len(set(rows)) == ITERATIONS  # it does train
+    return rows, digest
 
 
-FAULTS = [
+@pytest.fixture
+def run(settings: dict[str, Any], tmp_path: Path) -> Run:
+    return Run(tmp_path, settings)
+
+
+KILLS = [
     {"ranks": [2], "iteration": 2, "point": "forward"},  # before the first save: starts afresh
     {"ranks": [0], "iteration": 5, "point": "forward"},
     {"ranks": [3], "iteration": 6, "point": "optimizer"},
-    {"ranks": [1], "iteration": 6, "point": "write"},
-    {"ranks": [0], "iteration": 9, "point": "publish"},
-    {"ranks": [0, 1, 2, 3], "iteration": 11, "point": "forward"},
+    {"ranks": [1], "iteration": 9, "point": "write"},
+    {"ranks": [0], "iteration": 12, "point": "publish"},
+    {"ranks": [0, 1, 2, 3], "iteration": 17, "point": "forward"},
 ]
 
 
-def test_six_kills_in_one_run(uninterrupted: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_six_kills_in_one_run(expected: Any, run: Run) -> None:
     """In forward, in the optimizer step, in a save, before `latest` is written, and all ranks at once."""
-    run(tmp_path, settings, FAULTS, ITERATIONS)
-    assert (tmp_path / "log").read_text().count("starting at iteration") == len(FAULTS) + 1
-    assert history(tmp_path) == history(uninterrupted)
-    assert not list((tmp_path / "checkpoints").glob("*.incomplete"))
+    assert run.start(KILLS, max_restarts=len(KILLS)) == 0, run.tail()
+    assert run.sent() == set(range(len(KILLS)))
+    assert len(run.starts()) == len(KILLS) + 1
+    assert run.history() == expected
+    assert not list((run.folder / "checkpoints").glob("*.incomplete"))
 
 
-def test_twenty_random_kills(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Random ranks, points and iterations from a fixed seed, in one run of forty steps."""
+def _random_kills() -> list[dict[str, Any]]:
     rng = random.Random(8)
-    iterations = sorted(rng.randint(1, RANDOM_ITERATIONS) for _ in range(NUM_RANDOM))
-    faults = []
-    for iteration in iterations:
-        point = rng.choice(["forward", "optimizer", "write", "publish"])
+    kills = []
+    for iteration in sorted(rng.randint(1, ITERATIONS) for _ in range(NUM_RANDOM)):
+        point = rng.choice(["start", "forward", "optimizer", "write", "publish"])
         ranks = [0] if point == "publish" else rng.sample(range(NUM_RANKS), rng.randint(1, NUM_RANKS))
-        faults.append({"ranks": ranks, "iteration": iteration, "point": point})
-    expected, got = tmp_path / "expected", tmp_path / "got"
-    expected.mkdir()
-    got.mkdir()
-    run(expected, settings, [], RANDOM_ITERATIONS)
-    run(got, settings, faults, RANDOM_ITERATIONS)
-    assert history(got) == history(expected)
+        kills.append({"ranks": ranks, "iteration": 0 if point == "start" else iteration, "point": point})
+    return kills
+
+
+def test_twenty_random_kills(expected: Any, run: Run) -> None:
+    """Random ranks, points and iterations from a fixed seed, in one run."""
+    assert run.start(_random_kills(), max_restarts=NUM_RANDOM) == 0, run.tail()
+    assert run.sent() == set(range(NUM_RANDOM))
+    assert run.history() == expected
+    assert not list((run.folder / "checkpoints").glob("*.incomplete"))
+
+
+STOPS = [
+    {"ranks": [2], "iteration": 4, "point": "forward", "signal": "SIGUSR1"},
+    {"ranks": [1], "iteration": 6, "point": "write", "signal": "SIGTERM"},
+    {"ranks": [0], "iteration": 11, "point": "optimizer", "signal": "SIGTERM", "to": "torchrun"},
+    {"ranks": [0], "iteration": 16, "point": "forward", "signal": "SIGUSR1", "to": "torchrun"},
+]
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(expected: Any, run: Run) -> None:
+    """By a signal to one rank, also while it writes a checkpoint; and by one to torchrun, which hands it to all."""
+    resumed_at = 0
+    for stop in STOPS:
+        code, saved = run.start([stop]), run.manifest().iteration
+        assert f"stopped by {stop['signal']} after iteration {saved}" in run.tail()
+        assert run.starts()[-1] == resumed_at
+        late = 4 if stop["point"] == "write" else 0  # steps that go on beside a slow writer, until the next save is due
+        assert stop["iteration"] <= saved <= stop["iteration"] + late
+        assert code == 0 or "to" in stop, run.tail()  # torchrun itself, when it gets a signal, never ends with 0
+        resumed_at = saved
+    assert run.start([]) == 0, run.tail()
+    assert run.starts() == [0, *run.starts()[1:-1], resumed_at]
+    assert len(run.starts()) == len(STOPS) + 1  # torchrun restarted nobody
+    assert run.history() == expected

@@ -7,16 +7,18 @@ the same layout on one machine that nothing disturbed.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.nodes import Node, free_port
+from tests.helpers.distributed import run_ranks
+from tests.helpers.nodes import LIMIT_S, Node, free_port
 from tests.helpers.sources import ROOT
-from tests.helpers.toy_run import write_data
+from tests.helpers.toy_run import train, write_data
 from tests.helpers.variants import make_variant
 
 pytestmark = pytest.mark.faults
@@ -38,7 +40,6 @@ SETTINGS = {
 }
 
 Steps = list[tuple[int, float, float, float]]
-Start = Callable[..., Node]
 
 
 class Run:
@@ -75,15 +76,10 @@ def run(settings: dict, tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """The four ranks on one machine."""
-    folder = tmp_path_factory.mktemp("alone")
-    run = Run(folder / "run", settings)
-    node = torchrun_node(folder, 0, free_port(), NNODES="1", GPUS_PER_NODE=str(2 * RANKS_PER_NODE))
-    try:
-        node.start("torchrun.sh", "--config", str(run.config))
-        assert node.wait() == 0, node.tail()
-    finally:
-        node.lose_power()
+    """The four ranks on one machine, started without a script."""
+    run = Run(tmp_path_factory.mktemp("alone") / "run", settings)
+    ranks = 2 * RANKS_PER_NODE
+    assert run_ranks(train, ranks, settings | {"save": str(run.folder)}, timeout_s=LIMIT_S) == [""] * ranks
     steps = run.steps()
     assert [step[0] for step in steps] == list(range(1, SETTINGS["train_iters"] + 1))
     assert len(set(steps)) == len(steps)  # training does something
@@ -126,12 +122,6 @@ def wait_for_new_line(node: Node, run: Run, old: list[str]) -> None:
     node.wait_until(lambda: any(line not in old for line in run.lines()), "an iteration after the restart")
 
 
-def test_two_machines_compute_what_one_computes(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
-    start_all(nodes, run)
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
-    assert run.steps() == undisturbed
-
-
 def test_another_machine_replaces_a_lost_one(
     nodes: list[Node], run: Run, undisturbed: Steps, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +151,18 @@ def test_one_machine_is_asked_to_stop(nodes: list[Node], run: Run, undisturbed: 
     assert sum(node.tail().count("starting at iteration") for node in nodes) == 1  # nobody restarted the ranks
     start_all(nodes, run)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
+    assert run.steps() == undisturbed
+
+
+def test_a_rank_that_dies_is_started_again(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
+    """And all others with it, on both machines."""
+    start_all(nodes, run)
+    wait_for_lines(nodes[0], run, DISTURBED_AFTER)
+    (victim,) = nodes[1].pids(LOCAL_RANK="1")
+    os.kill(victim, signal.SIGKILL)
+    assert len(run.lines()) < SETTINGS["train_iters"], "it was killed too late"
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
+    assert sum(node.log.read_text().count("starting at iteration") for node in nodes) == 2
     assert run.steps() == undisturbed
 
 

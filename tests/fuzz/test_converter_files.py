@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model_limits import check_model
-from megatron_ross.convert.checked_fields import read_json
 from megatron_ross.convert.component_config import image_statistics, language_config, vae_config, vision_config
 from megatron_ross.convert.composite_config import ross_model_config
 from megatron_ross.convert.hf_io import SafetensorsFile, WeightFolder, load_torch_tensors
@@ -88,7 +88,7 @@ def test_json_files_that_are_none(text: str, tmp_path: Path) -> None:
 def test_long_json_files_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(10 << 30)
-    with at_most(1), pytest.raises(ValueError, match="has 10,737,418,240 bytes, too many for a config"):
+    with at_most(1), pytest.raises(ValueError, match="has 10,737,418,240 bytes, too many for a JSON file"):
         read_json(tmp_path / "config.json")
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_ross.data.errors import ImageError
-from megatron_ross.data.images import decode_image
+from megatron_ross.data.images import MAX_SCANS, decode_image
 from tests.helpers.hostile import at_most, attempt
 
 
@@ -46,6 +46,15 @@ def _bmp(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + 100, 0, 0, 54) + header + b"\0" * 100
 
 
+def _jpeg_of_scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again; Pillow decodes it, scan by scan."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(buffer, "JPEG", progressive=True)
+    body, _, scan = buffer.getvalue().removesuffix(b"\xff\xd9").rpartition(b"\xff\xda")
+    scans = body.count(b"\xff\xda")
+    return body + (b"\xff\xda" + scan) * (number - scans) + b"\xff\xd9"
+
+
 STARTS = [b"", b"\xff\xd8\xff", b"GIF89a", b"RIFF", b"II*\0", b"BM", b"P6 "]
 BOMBS = {
     "png of 10 billion pixels": _png(100_000, 100_000),
@@ -59,6 +68,7 @@ BOMBS = {
     "bmp of a negative width": _bmp(-100_000, 100_000),
     "ppm of 10 billion pixels": b"P6 100000 100000 255\n" + b"\0" * 100,
     "ppm of a number without end": b"P6 " + b"9" * 10_000 + b" 1 255\n",
+    "jpeg of thousands of scans": _jpeg_of_scans(MAX_SCANS + 1),
     "webp that is only a header": b"RIFF\xff\xff\xff\x7fWEBPVP8X" + b"\xff" * 30,
     "tiff with a claim of 4 billion entries": b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 60,
 }
@@ -96,6 +106,10 @@ def test_formats_of_data_sets_are_read(kind: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 16), (200, 10, 10)).save(buffer, kind)
     assert decode_image(buffer.getvalue(), "a").size == (32, 16)
+
+
+def test_a_jpeg_of_the_most_scans_is_read() -> None:
+    assert decode_image(_jpeg_of_scans(MAX_SCANS), "a").size == (64, 64)
 
 
 @given(data=st.binary(max_size=200), start=st.sampled_from(STARTS))

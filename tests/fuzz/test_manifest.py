@@ -139,7 +139,7 @@ def test_deep_and_long_manifests_are_refused(tmp_path: Path) -> None:
     assert _read('{"iteration": ' + "1" * 5000 + "}", tmp_path) is None
     with (tmp_path / MANIFEST_NAME).open("wb") as file:
         file.truncate(10 << 30)
-    with pytest.raises(ValueError, match="has 10,737,418,240 bytes, too many for a manifest"):
+    with pytest.raises(ValueError, match="has 10,737,418,240 bytes, too many for a JSON file"):
         Manifest.read(tmp_path)
 
 

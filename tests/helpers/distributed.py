@@ -39,7 +39,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 400.0,
     backend: str = "gloo",
     env: dict[str, str] | None = None,
     **kwargs: Any,
@@ -48,7 +48,7 @@ def run_ranks(
 
     Args:
         fn: a module-level function; its arguments and results are pickled.
-        timeout_s: limit for the slowest rank, not counting the start of the ranks.
+        timeout_s: limit for the slowest rank, not counting the start of the ranks; a machine may have a lot else to do.
         env: environment variables on top of this process's.
     Returns:
         what each rank returned, by rank.

@@ -1,8 +1,11 @@
 """`pretrain_ross.py` with a fault: python faulty_training.py FAULTS [settings]; torchrun starts it on every rank.
 
-FAULTS is a JSON list; the n-th entry belongs to the n-th start of the ranks, and later starts have none. An entry says
-who is killed where: {"ranks": [2], "iteration": 5, "point": "forward"}. Points: `forward` and `optimizer` of a step,
-`write` (of a checkpoint's files) and `publish` (after its folder has its name, before `latest` is written).
+FAULTS is a JSON file with a list; the n-th entry belongs to the n-th start of the ranks, and later starts have none. An
+entry says who gets which signal where: {"ranks": [2], "iteration": 5, "point": "forward"}. Points: `start` (before the
+first step), `forward` and `optimizer` of a step, `write` (of a checkpoint's files) and `publish` (after its folder has
+its name, before `latest` is written). `signal` is a name, SIGKILL if it is left out. With `"to": "torchrun"`, the ranks
+send it to torchrun instead, and wait until it comes back to them. FAULTS.sent has a line for every signal: the number
+of the start.
 """
 
 from __future__ import annotations
@@ -11,28 +14,38 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-def _kill_before(function: Callable[..., Any], is_time: Callable[[], bool]) -> Callable[..., Any]:
+from tests.helpers.preloaded_torchrun import PID_NAME  # noqa: E402
+
+
+def _once_before(function: Callable[..., Any], is_time: Callable[[], bool], action: Callable[[], None]) -> Any:
+    """`function`, and `action` before the first call in time."""
+    done = []
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if is_time():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if not done and is_time():
+            done.append(True)
+            action()
         return function(*args, **kwargs)
 
     return wrapped
 
 
-def plant(fault: dict[str, Any]) -> None:
-    """Make this process end itself at `fault["point"]`, if it is one of its ranks."""
+def plant(fault: dict[str, Any], note: Callable[[], None]) -> None:
+    """Make this process send the signal at `fault["point"]`, after a note of it, if it is one of its ranks."""
     if int(os.environ["RANK"]) not in fault["ranks"]:
         return
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from megatron_ross.checkpoint import saver, writer
     from megatron_ross.models.ross_stage import RossStage
+    from megatron_ross.training import trainer
     from megatron_ross.training.trainer import Trainer
 
     now = [0]
@@ -52,23 +65,43 @@ def plant(fault: dict[str, Any]) -> None:
         return now[0] >= fault["iteration"]
 
     owner, name = {
+        "start": (trainer, "build_optimizer"),
         "forward": (RossStage, "forward"),
         "optimizer": (DistributedOptimizer, "step_with_ready_grads"),
         "write": (writer._Writer, "write_data"),
         "publish": (saver, "write_latest"),
     }[fault["point"]]
-    setattr(owner, name, _kill_before(getattr(owner, name), is_time))
+    pid = int(os.environ[PID_NAME]) if fault.get("to") == "torchrun" else os.getpid()
+    number = signal.Signals[fault.get("signal", "SIGKILL")]
+
+    def send() -> None:
+        note()
+        os.kill(pid, number)
+        while pid != os.getpid() and not _is_asked_to_stop():
+            time.sleep(0.01)
+
+    setattr(owner, name, _once_before(getattr(owner, name), is_time, send))
+
+
+def _is_asked_to_stop() -> bool:
+    """Torchrun has handed the signal on: the trainer's handler has started the clock of its grace period."""
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 def main(argv: list[str]) -> int:
-    faults, restart = json.loads(argv[0]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restart < len(faults):
-        plant(faults[restart])
+    path, start = Path(argv[0]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    faults = json.loads(path.read_text())
+
+    def note() -> None:
+        with path.with_name(path.name + ".sent").open("a") as file:
+            file.write(f"{start}\n")
+
+    if start < len(faults):
+        plant(faults[start], note)
     from megatron_ross.training.main import main as train
 
     return train(argv[1:])
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
     sys.exit(main(sys.argv[1:]))

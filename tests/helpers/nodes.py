@@ -16,7 +16,8 @@ from tests.helpers.sources import ROOT
 
 TAG = "PLAYED_NODE"
 """Variable in the environment of every process of a node; its value is the node's folder."""
-LIMIT_S = 240.0
+LIMIT_S = 900.0
+"""Longest wait for anything, on a machine that has a lot else to do."""
 _POLL_S = 0.05
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
+from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.validate import resolve_layout, validate_run
@@ -18,7 +19,7 @@ from megatron_ross.parallel.groups import destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.main import quieten
-from megatron_ross.training.trainer import Trainer, start_path
+from megatron_ross.training.trainer import Trainer, TrainingError, start_path
 from tests.helpers.variants import make_variant
 
 WORDS = [
@@ -96,6 +97,19 @@ def with_trainer(flat: dict[str, Any], action: Callable[[Trainer], Any]) -> Any:
         destroy_groups()
 
 
+def train(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """The whole training loop; the error that it ended with, or nothing."""
+
+    def act(trainer: Trainer) -> str:
+        try:
+            trainer.train()
+        except (CheckpointError, TrainingError) as error:
+            return str(error)
+        return ""
+
+    return with_trainer(flat, act)
+
+
 def curve(rank: int, world_size: int, flat: dict[str, Any], steps: int, save: bool = False) -> dict[str, Any]:
     """Take `steps` steps; the losses of each, and on rank 0 the trainable parameters after them."""
 
@@ -105,7 +119,7 @@ def curve(rank: int, world_size: int, flat: dict[str, Any], steps: int, save: bo
             result, _ = trainer._step()
             losses.append((result.lm_loss, result.recon_loss, result.grad_norm))
         if save:
-            trainer.save()
+            trainer.save(is_last=True)
         parameters = gather_parameters(trainer.stages, trainer.manifest.model, trainable_only=True)
         digest = trainer.loader.state_dict()["digest"]
         return {"losses": losses, "parameters": parameters, "digest": digest, "iteration": trainer.iteration}

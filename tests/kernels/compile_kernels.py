@@ -42,13 +42,20 @@ def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     block = noise_mse.DEFAULT_BLOCK
     jobs: list[tuple[triton.runtime.JITFunction, dict[str, object]]] = []
-    for is_explicit in (False, True):
+    for is_explicit in (True, False):
         tile = {"EXPLICIT": is_explicit, "BLOCK": block, "BLOCK_C": 64}
         jobs.append((noise_mse._noise_kernel, tile))
         jobs += [(noise_mse._mse_kernel, {**tile, "BACKWARD": is_backward}) for is_backward in (False, True)]
     kernels = (adaln._modulate_kernel, adaln._modulate_backward_kernel)
     kernels += (adaln._gate_kernel, adaln._gate_backward_kernel)
-    jobs += [(kernel, {"BLOCK": 1024}) for kernel in kernels]
+    # 2048: published denoisers are up to 1536 wide, and blocks are powers of two.
+    jobs += [(kernel, {"BLOCK": block}) for kernel in kernels for block in (1024, 2048)]
+    # Triton makes constants of arguments that are 1: one image, one draw, one patch, one column.
+    jobs.append(
+        (noise_mse._noise_kernel, {**tile, "num_images": 1, "num_draws": 1, "grid_size": 1, "num_timesteps": 1})
+    )
+    jobs += [(noise_mse._mse_kernel, {**tile, "BACKWARD": b, "num_images": 1, "tokens": 1}) for b in (False, True)]
+    jobs += [(kernel, {"BLOCK": 1, "width": 1}) for kernel in kernels]
     for kernel, constants in jobs:
         source = ASTSource(fn=kernel, signature=signature(kernel, constants), constexprs=constants)
         compiled = triton.compile(source, target=target)

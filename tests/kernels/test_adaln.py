@@ -17,6 +17,8 @@ CASES = [
     ((0, 9), 16, torch.float32),
     ((2, 0), 7, torch.bfloat16),
 ]
+DENOISERS = [((2, 729), width, dtype) for width in (1024, 1280, 1536) for dtype in (torch.float32, torch.bfloat16)]
+"""Every published width, with as many tokens as images have: too much for the interpreter."""
 
 
 def run(
@@ -42,9 +44,13 @@ def run(
     return [normed.detach(), out.detach(), x.grad, modulation.grad, y.grad]
 
 
-@pytest.mark.parametrize(("lead", "width", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("lead", "width", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.gpu) for case in DENOISERS)]
+)
 def test_kernels_equal_the_definition(device: str, lead: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
     """Against the definition in float64; PyTorch's own error in `dtype` is the yardstick, and twice that is allowed."""
+    if device == "cpu" and width >= 1024:
+        pytest.skip("too much for the interpreter")
     exact = run(lead, width, dtype, device, False, torch.float64)
     plain = run(lead, width, dtype, device, False, dtype)
     got = run(lead, width, dtype, device, True, dtype)
@@ -87,6 +93,29 @@ def test_any_strides(device: str) -> None:
         copied = function(x.contiguous(), shift.contiguous(), scale.contiguous(), **arguments, use_triton=True)
         assert strided.is_contiguous()
         assert torch.equal(strided, copied)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [
+        pytest.param(4, 33, id="small"),
+        pytest.param(352_000, 1024, id="more elements than 32 bits count", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_last_of_many_rows_is_that_row_alone(device: str, rows: int, width: int) -> None:
+    """Slices of one [rows, 6 D] projection, whose row offsets pass 2^31."""
+    if device == "cpu" and rows > 4:
+        pytest.skip("too much for the interpreter")
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    modulation = torch.randn(rows, 6 * width, device=device, dtype=torch.bfloat16)
+    grads = []
+    for part in (slice(None), slice(-1, None)):
+        leaves = [t[part].detach().requires_grad_() for t in (x, *modulation.chunk(6, dim=-1)[:3])]
+        normed = adaln.layernorm_modulate(*leaves[:3], eps=EPS, use_triton=True)
+        out = adaln.gated_residual(leaves[0], leaves[3], normed, use_triton=True)
+        grads.append([out, *torch.autograd.grad(out, leaves, x[part])])
+    for among, alone in zip(*grads, strict=True):
+        assert torch.equal(among[-1:], alone)
 
 
 def test_constant_rows_stay_finite(device: str) -> None:

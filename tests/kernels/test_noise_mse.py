@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ross_kernels import noise_mse
+from ross_kernels.checks import require_runnable
 from ross_kernels.noise_mse import ExplicitNoise, Noise, NoiseKeys, NoiseSchedule, reference
 from torch import Tensor
 
@@ -143,6 +145,38 @@ def test_an_image_does_not_depend_on_its_batch(device: str) -> None:
     assert torch.equal(noise_mse.noise_mse(apart, shuffled, use_triton=True)[0], sums[:, order])
 
 
+@pytest.mark.parametrize(
+    ("n", "num_draws", "channels", "grid_size"),
+    [
+        pytest.param(3, 2, 2, 3, id="small"),
+        pytest.param(8, 4, 16, 27, id="a microbatch", marks=pytest.mark.gpu),
+        pytest.param(11600, 4, 16, 27, id="more elements than 32 bits count", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_last_image_of_many_is_that_image_alone(
+    device: str, n: int, num_draws: int, channels: int, grid_size: int
+) -> None:
+    """Offsets of rows that wrapped around would read or write elsewhere."""
+    if n > 3 and device == "cpu":
+        pytest.skip("too much for the interpreter")
+    image = moments(1, channels, grid_size, torch.float16, device)
+    mean, logvar = (x.expand(n, -1, -1, -1).contiguous() for x in image)
+    keys = keys_of(n, num_draws, device)
+    last = replace(keys, keys=keys.keys[-1:])
+    settings = {"shift": SHIFT, "scaling": SCALING, "dtype": torch.bfloat16, "use_triton": True}
+    many, t = noise_mse.noise_latents(mean, logvar, keys, schedule(device), **settings)
+    alone, t_alone = noise_mse.noise_latents(mean[-1:], logvar[-1:], last, schedule(device), **settings)
+    assert torch.equal(many[:, -1:], alone)
+    assert torch.equal(t[:, -1:], t_alone)
+    leaf, leaf_alone = many.requires_grad_(), alone.requires_grad_()
+    sums, _ = noise_mse.noise_mse(leaf, keys, use_triton=True)
+    sums_alone, _ = noise_mse.noise_mse(leaf_alone, last, use_triton=True)
+    assert torch.equal(sums[:, -1:], sums_alone)
+    sums.sum().backward()
+    sums_alone.sum().backward()
+    assert torch.equal(leaf.grad[:, -1:], leaf_alone.grad)
+
+
 def numbers_in_kernel(keys: NoiseKeys, channels: int, grid_size: int, device: str) -> tuple[Tensor, Tensor]:
     """eps [K, n, numel] and posterior noise [n, numel], seen through a schedule that passes one of them only."""
     n = keys.shape[1]
@@ -251,3 +285,13 @@ def test_compiled_kernels_refuse_cpu_tensors(monkeypatch: pytest.MonkeyPatch) ->
         noise_mse.noise_mse(torch.zeros(2, 2, 9, 8), GOOD_KEYS, use_triton=True)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         noise_mse.noise_latents(**GOOD, shift=0.0, scaling=1.0, use_triton=True)
+
+
+def test_compiled_kernels_refuse_tensors_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, where another one's memory is an error that ends the process."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    elsewhere = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with pytest.raises(ValueError, match=r"current device, cuda:0, but these tensors are on cuda:1; .*set_device\(1\)"):
+        require_runnable(elsewhere, interpreted=False)
+    require_runnable(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), interpreted=False)
+    require_runnable(elsewhere, interpreted=True)

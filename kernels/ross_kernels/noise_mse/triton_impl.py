@@ -173,6 +173,12 @@ def _num_tiles(tokens: int, block: int) -> int:
     return triton.cdiv((tokens + 6) // 4, block)
 
 
+def _tile_shape(block: int, channels: int) -> dict[str, int]:
+    """Sizes of a tile and a thread for each of its elements: more per thread, and the code outgrows the caches."""
+    width = triton.next_power_of_2(channels)
+    return {"BLOCK": block, "BLOCK_C": width, "num_warps": min(max(block * width // 32, 1), 8)}
+
+
 def _arguments(noise: Noise, unused: Tensor) -> tuple[bool, Tensor, Tensor, Tensor, Tensor, int, int]:
     """(explicit, keys, t, eps, posterior, low and high half of the seed); `unused` stands for what is not there."""
     if isinstance(noise, ExplicitNoise):
@@ -201,7 +207,7 @@ def noise_latents(
         _noise_kernel[(n, _num_tiles(grid_size**2, block))](
             x_t, t, mean.contiguous(), logvar.contiguous(), schedule.signal, schedule.noise,
             keys, t_in, eps, posterior, low, high, n, num_draws, schedule.signal.numel(), channels, grid_size,
-            shift, scaling, EXPLICIT=explicit, BLOCK=block, BLOCK_C=triton.next_power_of_2(channels),
+            shift, scaling, EXPLICIT=explicit, **_tile_shape(block, channels),
         )  # fmt: skip
     return x_t, t
 
@@ -231,5 +237,5 @@ def _launch_mse(
     explicit, keys, _, eps, _, low, high = _arguments(noise, predicted)
     _mse_kernel[(num_draws * n, tiles)](
         result, predicted, predicted if row_grad is None else row_grad, keys, eps, low, high, n, channels, tokens,
-        BACKWARD=row_grad is not None, EXPLICIT=explicit, BLOCK=block, BLOCK_C=triton.next_power_of_2(channels),
+        BACKWARD=row_grad is not None, EXPLICIT=explicit, **_tile_shape(block, channels),
     )  # fmt: skip

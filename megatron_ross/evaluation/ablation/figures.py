@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_ross.evaluation.ablation.results import Result
-from megatron_ross.evaluation.reconstruct import PANEL_GAP_PX
+from megatron_ross.models.pictures import PANEL_GAP_PX
 
 DPI = 110
 SMOOTHING = 5  # logged intervals in a running mean

@@ -12,6 +12,8 @@ from typing import Any
 
 import bench_step
 import pytest
+import torch
+from step_rows import Row
 from step_samples import make_samples, plan_steps
 from step_sizes import CONVERSATIONS, step_size
 
@@ -74,11 +76,28 @@ def test_ratios_are_those_of_the_times(figures: dict[str, Any], stage: str) -> N
 
 def test_other_losses_are_refused() -> None:
     """A benchmark of two computations that differ must not give figures."""
-    rows = [bench_step.Row(name, None, None, losses=[losses]) for name, losses in
+    rows = [Row(name, losses=[losses]) for name, losses in
             (("ours", (2.0, 1.001)), ("peer", (2.0, 1.0)))]  # fmt: skip
     with pytest.raises(RuntimeError, match=r"reconstruction loss of ours is 1\.001, of peer 1"):
         bench_step.assert_same_losses(rows, 1e-4)
     bench_step.assert_same_losses(rows, 1e-2)
+
+
+def test_gpu_memory_is_counted_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row allocates while it is built and while it steps, and nothing of another row in the same process."""
+    memory = {"now": 100, "most": 100}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(most=memory["now"]))
+    row = Row("ours")
+    with row.allocations():
+        memory.update(now=150, most=170)
+    assert (row.own_bytes, row.peak_bytes) == (50, 70)
+    memory.update(now=500, most=900)  # another row
+    with row.allocations():  # its first step leaves 10 of optimizer state
+        memory.update(now=510, most=560)
+    assert (row.own_bytes, row.peak_bytes) == (60, 110)
 
 
 def test_steps_hold_full_packs_and_padding_is_counted() -> None:

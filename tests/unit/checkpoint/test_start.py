@@ -9,7 +9,7 @@ import pytest
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, write_latest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.start import is_resume
+from megatron_ross.training.start import is_resume, start_path
 from tests.helpers.golden import model_config
 
 
@@ -36,14 +36,22 @@ def test_a_saved_run_is_resumed(tmp_path: Path) -> None:
     assert is_resume(_run(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["garbage", "another iteration", "no latest"])
+def test_a_run_killed_before_its_first_latest_is_resumed(tmp_path: Path) -> None:
+    """Twice in a row, even: the second time, two checkpoints are complete."""
+    _write(tmp_path, 4)
+    _write(tmp_path, 5)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    assert is_resume(_run(tmp_path))
+    assert start_path(_run(tmp_path)) == iteration_dir(tmp_path / "checkpoints", 5)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "another iteration"])
 def test_damage_is_not_taken_for_a_new_run(damage: str, tmp_path: Path) -> None:
     _write(tmp_path, 5)
     latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     {
         "garbage": lambda: latest.write_text("\0\0"),
         "another iteration": lambda: latest.write_text("7\n"),
-        "no latest": latest.unlink,
     }[damage]()
     with pytest.raises(ConfigError, match=r"load=.*iter_0000005 to go on from the newest"):
         is_resume(_run(tmp_path))

@@ -31,7 +31,9 @@ H100 = replace(
     environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
 )
 A100 = replace(H100, gpu=(8, 0))
+A100_FLASH_4 = replace(A100, flash_attention="flash-attn-4 4.0.0")
 B200 = replace(H100, gpu=(10, 0))
+PACKED = {"bf16": True, "packing": True}
 FP8 = {"bf16": True, "fp8": "hybrid"}
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True, "packing": True}
 
@@ -56,6 +58,11 @@ def names(machine: Available, **flat: Any) -> tuple[str, str, str]:
         (H100, {"bf16": True, "attention_backend": "flash"}, ("transformer_engine", "flash", "transformer_engine")),
         (H100, {"bf16": True, "attention_backend": "local"}, ("transformer_engine", "local", "transformer_engine")),
         (H100, {"attention_backend": "unfused"}, ("transformer_engine", "unfused", "transformer_engine")),
+        (A100, PACKED, ("transformer_engine", "auto", "transformer_engine")),  # flash-attn 2
+        (replace(A100, flash_attention=""), PACKED, ("transformer_engine", "local", "transformer_engine")),
+        (A100_FLASH_4, PACKED, ("transformer_engine", "local", "transformer_engine")),
+        (replace(A100, flash_attention=""), {"bf16": True}, ("transformer_engine", "auto", "transformer_engine")),
+        (replace(H100, flash_attention=""), PACKED, ("transformer_engine", "auto", "transformer_engine")),
         (H100, {"optimizer_impl": "torch"}, ("transformer_engine", "local", "torch")),
         (H100, {"optimizer_impl": "apex"}, ("transformer_engine", "local", "apex")),
     ],
@@ -93,7 +100,17 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
     (
         replace(H100, flash_attention=""),
         {"bf16": True, "attention_backend": "flash"},
-        "attention_backend='flash'|no flash-attn|pip install|fused",
+        "attention_backend='flash'|no flash-attn|pip install|auto",
+    ),
+    (
+        A100_FLASH_4,
+        {"bf16": True, "attention_backend": "flash"},
+        "attention_backend='flash'|flash-attn-4 4.0.0|9.0|auto",
+    ),
+    (
+        A100,
+        PACKED | {"attention_backend": "fused"},
+        "attention_backend='fused'|9.0 for packed samples|8.0|packing: false",
     ),
     (H100, {"attention_backend": "unfused", "packing": True}, "attention_backend='unfused'|packed|flash"),
     (
@@ -110,12 +127,20 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
     (CPU, TP | {"tp_comm_overlap": True}, "tp_comm_overlap=True|GPU|leave it out"),
     (H100, TP | {"tp_comm_overlap": True, "packing": False}, "tp_comm_overlap=True|one size|packing: true"),
     (H100, TP | {"tp_comm_overlap": True, "sequence_parallel": False}, "tp_comm_overlap|sequence_parallel: true"),
+    (H100, TP | FP8 | {"tp_comm_overlap": True, "fp8_recipe": "blockwise"}, "tp_comm_overlap|blockwise|tensorwise"),
+    (
+        B200,
+        TP | FP8 | {"tp_comm_overlap": True, "fp8_recipe": "mxfp8", "seq_length": 2048 + 64},
+        "seq_length=2112|multiple of 256|use 2048",
+    ),
     (H100, {"bf16": True, "tp_comm_overlap": True}, "tp_comm_overlap|tensor_model_parallel_size is 1|leave it out"),
     (
         replace(H100, environment={}),
         TP | {"tp_comm_overlap": True},
         "tp_comm_overlap|CUDA_DEVICE_MAX_CONNECTIONS=None|export CUDA_DEVICE_MAX_CONNECTIONS=1",
     ),
+    (CPU, {"log_straggler": True}, "log_straggler=True|no GPU|leave it out"),
+    (H100, {"log_straggler": True}, "log_straggler=True|pynvml|pip install nvidia-ml-py"),
     (CPU, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|Apex|leave it out"),
     (BARE, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|not installed|pip install|Apex"),
     (CPU, {"recompute_granularity": "full"}, "recompute_granularity='full'|recompute_method|uniform"),
@@ -238,7 +263,7 @@ def test_table_of_a_gpu() -> None:
         pp=2,
         **TP,
         fp8="hybrid",
-        fp8_recipe="blockwise",
+        fp8_recipe="tensorwise",
         first_last_layers_bf16=True,
         num_layers_at_end_in_bf16=2,
         attention_backend="flash",
@@ -257,7 +282,7 @@ def test_table_of_a_gpu() -> None:
     assert rows["gradient accumulation fusion"] == ("on", "gradient_accumulation_fusion=True: TransformerEngine's")
     assert rows["FP8 products in the decoder"] == (
         "on",
-        "fp8=hybrid: recipe blockwise, 1 first and 2 last layers in bf16",
+        "fp8=hybrid: recipe tensorwise, 1 first and 2 last layers in bf16",
     )
     assert (rows["vision tower precision"][0], rows["denoiser precision"][0]) == ("tf32", "tf32")
     assert rows["recomputation"][0] == "on"

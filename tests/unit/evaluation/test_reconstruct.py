@@ -16,14 +16,11 @@ from PIL import Image
 
 from megatron_ross.evaluation.generate import load_for_inference
 from megatron_ross.evaluation.reconstruct import (
-    PANEL_GAP_PX,
     figures,
     image_files,
     reconstruct_folder,
-    side_by_side,
-    vae_round_trip,
 )
-from megatron_ross.huggingface.modeling_ross import to_pil
+from megatron_ross.models.pictures import PANEL_GAP_PX, side_by_side, to_pil
 from tests.helpers import golden
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +66,7 @@ def test_panels_are_input_round_trip_and_reconstruction(tmp_path: Path) -> None:
     encoder = model.latent_encoder
     panels = [
         to_pil(encoder.vae_input(pixels))[0],
-        to_pil(vae_round_trip(encoder, pixels))[0],
+        to_pil(encoder.round_trip(pixels))[0],
         model.reconstruct([source], steps="6,6,1", seed=3, processor=processor)[0],
     ]
     for i, panel in enumerate(panels):

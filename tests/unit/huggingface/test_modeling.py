@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
 from megatron_ross.huggingface import RossForConditionalGeneration, RossLlamaForCausalLM, RossProcessor
-from megatron_ross.huggingface.modeling_ross import to_pil
 from megatron_ross.huggingface.processing_ross import expand_image_tokens
+from megatron_ross.models.pictures import to_pil
 from tests.helpers import golden
 
 CLASS_NAMES = {"qwen2_siglip": "RossQwen2ForCausalLM", "llama_clip": "RossLlamaForCausalLM"}

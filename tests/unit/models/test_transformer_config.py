@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,11 +18,18 @@ from megatron_ross.models.language import transformer_config
 from tests.helpers.golden import model_config
 
 
-def made(text: str = "VEt*4NDH", pp: int = 1, attention: str = "local", **flat: Any) -> TransformerConfig:
+def made(
+    text: str = "VEt*4NDH", pp: int = 1, attention: str = "local", engine: bool = False, **flat: Any
+) -> TransformerConfig:
     run = RunConfig.from_flat({"pipeline_model_parallel_size": pp, **flat})
     layout = parse_layout(text, num_layers=4, pipeline_model_parallel_size=pp, has_denoiser=True)
     return transformer_config(
-        model_config("qwen2_siglip").language, run.parallel, run.compute, layout, attention_backend=attention
+        model_config("qwen2_siglip").language,
+        run.parallel,
+        run.compute,
+        layout,
+        transformer_engine=engine,
+        attention_backend=attention,
     )
 
 
@@ -67,6 +77,21 @@ def test_defaults_leave_everything_off() -> None:
 @pytest.mark.parametrize("backend", ["auto", "flash", "fused", "unfused", "local"])
 def test_attention_backend(backend: str) -> None:
     assert made(attention=backend).attention_backend is AttnBackend[backend]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_transformer_engines_layers_have_its_rotary_kernel(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron goes to the kernel of padded or of packed samples; the local layers never do."""
+    taken = []
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        kernel = functools.partial(lambda name, t, *args, **kwargs: taken.append(name) or t, name)
+        monkeypatch.setattr(rope_utils, name, kernel)
+    states, angles = torch.ones(6, 2, 8), torch.ones(6, 1, 1, 8)
+    states, bounds = (states, torch.tensor([0, 4, 6])) if packed else (states[:, None], None)
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    for engine in (True, False):
+        rope_utils.apply_rotary_pos_emb(states, angles, made(engine=engine), bounds, cp_group=alone)
+    assert taken == ["fused_apply_rotary_pos_emb_thd" if packed else "fused_apply_rotary_pos_emb"]
 
 
 def test_sends_overlap_when_the_schedule_is_interleaved() -> None:

@@ -65,6 +65,8 @@ def _fake_run(folder, *, image: float) -> None:
         (folder / stage).mkdir()
         lines = [json.dumps(row) for row in _metrics([0.9, 0.5, 0.4])]
         (folder / stage / "metrics.jsonl").write_text("\n".join(lines))
+        held_out = [row | {"recon_loss_by_timestep": {"000-499": 0.9, "500-999": 0.4}} for row in _metrics([0.8, 0.6])]
+        (folder / stage / "validation.jsonl").write_text("\n".join(map(json.dumps, held_out)))
     row = {"image": "1.jpg", "question": "What <b>?", "expected": "red", "answer": "red", "blank_answer": "blue"}
     (folder / "answers.json").write_text(json.dumps({"accuracy": _accuracy(image, 20.0), "answers": [row]}))
     (folder / "reconstructions").mkdir()
@@ -76,7 +78,7 @@ def test_report_is_one_self_contained_file(tmp_path) -> None:
     report.write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     sources = re.findall(r'src="([^"]{0,30})', page)
-    assert len(sources) == 2  # loss curves and one row of pictures
+    assert len(sources) == 3  # loss curves, losses by timestep and one row of pictures
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "href=" not in page
     assert "What &lt;b&gt;?" in page

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from megatron_ross.config.cli import parse_run_config
@@ -16,14 +15,12 @@ from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.validate import validate_run
 from megatron_ross.convert.known_models import known_model
-from megatron_ross.models.denoiser import RossDenoiser
-from megatron_ross.models.latents import LatentEncoder
-from megatron_ross.models.projector import build_projector
-from megatron_ross.models.vision import VisionTower
 from megatron_ross.planner.auto import resolve_layout
 from megatron_ross.planner.hardware import GPUS
 from megatron_ross.planner.parameters import stage_parameters
 from megatron_ross.planner.search import plan_run
+from tests.helpers.distributed import run_ranks
+from tests.helpers.meta_stages import Sizes, built_sizes
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RECIPES = sorted(path for family in ("ross", "llava") for path in (EXAMPLES / family).glob("*.yaml"))
@@ -120,25 +117,48 @@ def test_the_right_parts_are_trained(recipe: Path) -> None:
     assert trained == {"projector"} | language | ({"denoiser"} if model.denoiser else set())
 
 
-@pytest.mark.parametrize("tower", ["clip-l-336", "siglip-so400m"])
-def test_parts_on_the_meta_device_have_the_predicted_size(tower: str) -> None:
-    model = known_model(f"qwen2-7b+{tower}")
-    assert model.denoiser is not None
-    assert model.vae is not None
-    hidden, grid = model.language.hidden_size, model.vision.grid_size
-    with torch.device("meta"):
-        built = {
-            "tower": VisionTower(model.vision),
-            "projector": build_projector(model.projector, model.vision.hidden_size, hidden),
-            "denoiser": RossDenoiser(model.denoiser, 4 * model.vae.latent_channels, hidden, grid),
-            "vae": LatentEncoder(model.vae, model.vision),
-        }
-    layout = resolve_layout(RunConfig(), model, 1)
-    predicted: Counter[str] = Counter()
-    for parameter in stage_parameters(model, RunConfig(), layout, layout.stages[0]):
-        predicted[parameter.part] += parameter.numel
-    for part, module in built.items():
-        assert predicted[part] == sum(p.numel() for p in module.parameters()), part
+Case = tuple[RunConfig, RossModelConfig, int, int]
+"""A run and its model, the number of ranks, and the rank to build."""
+
+
+def built_by_ranks(rank: int, world_size: int, cases: list[Case]) -> list[list[Sizes]]:
+    """What every case's rank builds, all in one process."""
+    return [built_sizes(*case) for case in cases]
+
+
+def predicted_sizes(run: RunConfig, model: RossModelConfig, world_size: int, rank: int) -> list[Sizes]:
+    layout = resolve_layout(run, model, world_size)
+    chunks = layout.chunks_of_rank(rank * run.parallel.pipeline_model_parallel_size // world_size)
+    stages = [stage_parameters(model, run, layout, spec) for spec in chunks]
+    return [[(p.numel, p.trainable, p.bytes_per_element) for p in stage] for stage in stages]
+
+
+def trained_then_frozen(sizes: Sizes) -> Sizes:
+    """Buffers follow the order of the trained parameters; that of the others means nothing."""
+    return [s for s in sizes if s[1]] + sorted(s for s in sizes if not s[1])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
+def test_stages_at_full_size_hold_what_the_planner_says(recipe: Path) -> None:
+    """On the meta device: size, dtype and training of every parameter of the first and the last pipeline rank."""
+    model, cases = model_of(recipe), dict[Any, Case]()
+    for cluster in ("8xh100", "64xh100"):  # a test below: the A100 layouts are the H100 ones
+        run, (world_size, _) = load(recipe, cluster), CLUSTERS[cluster]
+        pp_size = run.parallel.pipeline_model_parallel_size
+        for pp_rank in {0, pp_size - 1}:
+            cases[run.parallel, pp_rank] = (run, model, world_size, pp_rank * world_size // pp_size)
+    built = run_ranks(built_by_ranks, 1, list(cases.values()))[0]
+    for case, stages in zip(cases.values(), built, strict=True):
+        predicted = predicted_sizes(*case)
+        assert [trained_then_frozen(s) for s in stages] == [trained_then_frozen(s) for s in predicted]
+
+
+def test_a100_layouts_are_those_of_h100() -> None:
+    """So one test of what a rank builds covers both."""
+    for stage in ("stage1", "stage2"):
+        a100, h100 = (EXAMPLES / "layouts" / f"{cluster}-{stage}.yaml" for cluster in ("8xa100-80g", "8xh100"))
+        assert yaml.safe_load(a100.read_text()) == yaml.safe_load(h100.read_text())
 
 
 def test_layout_overlays_change_only_how_the_model_is_laid_out() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_ross.evaluation.ablation.execute import overlay
 from megatron_ross.evaluation.ablation.plan import AblationConfig, read_ablation, runs_of
 from megatron_ross.evaluation.ablation.results import RESULT_NAME
-from megatron_ross.evaluation.reconstruct import side_by_side
+from megatron_ross.models.pictures import side_by_side
 
 Change = Callable[[dict[str, Any]], None]
 
