@@ -8,9 +8,11 @@ runs are kept: the same command again goes on where it stopped.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -19,6 +21,7 @@ from megatron_ross.evaluation.ablation.plan import read_ablation, runs_of
 from megatron_ross.evaluation.ablation.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
+EXIT_INTERRUPTED = 130
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
@@ -49,9 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, AblationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(document)
     return 0
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.models.latents import LatentEncoder
@@ -13,7 +14,7 @@ from tests.helpers import variants
 from tests.helpers.batches import make_batch
 from tests.helpers.distributed import run_ranks
 from tests.helpers.oracle import DENOISER, VAE, Oracle
-from tests.helpers.runs import SETTINGS, one_step, worst_gradient
+from tests.helpers.runs import SETTINGS, one_step, open_session, worst_gradient
 from tests.helpers.toy_run import two_stage_settings, with_trainer
 from tests.helpers.variants import Stored, make_variant
 
@@ -63,6 +64,25 @@ def test_regression_is_the_same_in_every_layout(layout: str, stored: Stored) -> 
     assert (ours.lm_loss, ours.recon_loss) == pytest.approx((alone.lm_loss, alone.recon_loss), rel=LOSS)
     error, name = worst_gradient(ours.gradients, alone.gradients)
     assert error < GRADIENT, name
+
+
+def painted(rank: int, world_size: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents that training's pictures are decoded from, of one condition twice with different seeds."""
+    session = open_session(path, REGRESS)
+    try:
+        head = session.stages[0].reconstruction
+        condition = torch.ones(1, 16, session.model.language.hidden_size)
+        return head.sample_latents(condition, "3", [1]), head.sample_latents(condition, "3", [2])
+    finally:
+        session.close()
+
+
+@pytest.mark.distributed
+def test_pictures_while_training_take_one_pass_without_noise(stored: Stored) -> None:
+    ((first, second),) = run_ranks(painted, 1, stored.path)
+    assert first.shape == (1, 64, 4, 4)
+    assert torch.equal(first, second)
+    assert bool(first.any())
 
 
 def step_without_vae(rank: int, world_size: int, path: Path, flat: dict[str, Any]) -> Any:
