@@ -29,7 +29,12 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--config", type=Path, required=True, help="the arms, see examples/ablation/ablation.yaml")
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--report", type=Path | None, default=None, help="Markdown file; default: in the output folder")
+    parser.add_argument(
+        "--report",
+        type=Path | None,
+        default=None,
+        help="Markdown file; numbers go beside it as JSON; default: in output",
+    )
     parser.add_argument("--images", type=Path | None, default=None, help="folder for pictures; default: beside it")
     return parser.parse_args(arguments)
 
@@ -42,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"jobs is {args.jobs}, it must be at least 1")
         config = read_ablation(args.config)
         execute(config, runs_of(config, args.seeds), args.jobs, ROOT, lambda text: print(text, flush=True))
-        output = Path(config.output)
-        document = args.report or output / "report.md"
+        document = args.report or Path(config.output) / "report.md"
         images = args.images or document.parent / "images"
         command = f"python tools/ablate.py --config {args.config} --seeds {args.seeds} --jobs {args.jobs}"
         if args.report is not None:
             command += f" --report {args.report} --images {images}"
-        write_report(config, args.seeds, command, document, images, output / "results.json")
+        write_report(config, args.seeds, command, document, images, document.with_suffix(".json"))
     except (ValueError, OSError, AblationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

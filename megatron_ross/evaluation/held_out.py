@@ -22,7 +22,7 @@ from megatron_ross.evaluation.answers import answer_batch
 from megatron_ross.evaluation.generate import Decoding, open_image
 from megatron_ross.huggingface import RossProcessor
 
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS = 16
 OVERALL = "all"
 """Category of all questions together."""
 

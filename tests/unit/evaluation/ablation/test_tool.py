@@ -78,7 +78,7 @@ def test_ablation_end_to_end(tmp_path: Path) -> None:
     report = tmp_path / "arms" / "report.md"
     text = report.read_text()
     assert "| denoise - off | accuracy |" in text
-    results = json.loads((tmp_path / "arms" / "results.json").read_text())["results"]
+    results = json.loads((tmp_path / "arms" / "report.json").read_text())["results"]
     assert {name: bool(by_seed["1"]["figures"]) for name, by_seed in results.items()} == {
         "off": False,
         "denoise": True,
