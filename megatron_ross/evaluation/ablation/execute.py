@@ -27,6 +27,8 @@ from megatron_ross.evaluation.ablation.results import RESULT_NAME, collect_resul
 
 POLL_S = 0.1
 GRACE_S = 10.0
+STOPPED_BY = "stopped by "
+"""How the last line of a training begins that a signal ended early."""
 Say = Callable[[str], None]
 
 
@@ -202,6 +204,8 @@ def _run_step(step: Step, name: str, log: Path, root: Path, stop: threading.Even
         raise AblationError(
             f"{name}: {step.name} failed with exit code {process.returncode}: {_last_line(log)}; see {log}"
         )
+    if _last_line(log).startswith(STOPPED_BY):  # a signal to the training alone: it has saved and ended well
+        raise AblationError(f"{name}: {step.name} was {_last_line(log)}; the same command goes on from there")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -67,6 +67,15 @@ def test_a_failure_names_run_step_and_log_and_ends_the_others(
     assert "step 1" in log.read_text()
 
 
+def test_a_training_that_a_signal_ended_early_is_no_result(
+    config: AblationConfig, scripts: Scripts, tmp_path: Path
+) -> None:
+    scripts.code["off"] = "print('stopped by SIGTERM after iteration 3')"
+    with pytest.raises(AblationError, match="training was stopped by SIGTERM after iteration 3; the same command"):
+        execute(config, runs_of(config, 1)[:1], 1, tmp_path, lambda _: None)
+    assert not (runs_of(config, 1)[0].folder / "result.json").exists()
+
+
 def test_results_of_other_settings_are_refused(tmp_path: Path, scripts: Scripts) -> None:
     write_results(read_ablation(write_ablation(tmp_path)), 2, ACCURACY)
     changed = read_ablation(write_ablation(tmp_path, lambda v: v["shared"].update(train_iters=8)))
