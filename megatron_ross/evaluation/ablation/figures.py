@@ -34,6 +34,7 @@ def loss_curves(results: Results, path: Path) -> None:
             axis.plot(steps, curves.mean(0), color=f"C{number}", label=arm)
             axis.fill_between(steps, curves.min(0), curves.max(0), color=f"C{number}", alpha=0.2)
         axis.set_title(title)
+        axis.set_yscale("log")
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
         axis.legend()

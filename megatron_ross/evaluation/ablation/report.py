@@ -101,7 +101,7 @@ def _group(
 def _arms(group: Group) -> str:
     lines = []
     for arm in group.arms:
-        settings = ", ".join(f"`{name}: {value}`" for name, value in arm.settings.items()) or "nothing changed"
+        settings = ", ".join(f"`{name}: {value}`" for name, value in arm.settings.items()) or "the shared settings"
         lines.append(f"- **{arm.name}**: {settings}")
     return "\n".join(lines)
 
