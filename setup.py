@@ -57,6 +57,7 @@ EXTRAS_REQUIRE = {
         "accelerate>=1.15",
         "datasets>=5.2",
         "scikit-image>=0.25",
+        "scipy>=1.15",
         "aiohttp>=3.11",
         "evaluate>=0.4.3",
         "filelock>=3.20,<4",  # lmms-eval 0.7.3 replaces parts of it that 4 has moved

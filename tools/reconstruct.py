@@ -22,7 +22,9 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--checkpoint", type=str, required=True, help="folder or hub id of a composite Ross checkpoint")
     parser.add_argument("--images", type=str, required=True, help="folder of image files")
     parser.add_argument("--output", type=str, required=True, help="folder for pictures and figures.csv")
-    parser.add_argument("--steps", type=str, default="1000", help="sampling steps: a number, or sections such as 6,6,1")
+    parser.add_argument(
+        "--steps", type=str | None, default=None, help="sampling steps: a number (default 1000), or sections like 6,6,1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="text before the image; default: as in training"

@@ -43,31 +43,32 @@ def questions(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
     }
 
 
-def _turns(pairs: list[Question], image: bool) -> list[dict[str, str]]:
-    turns = []
+def turns(pairs: list[Question], image: bool) -> list[dict[str, str]]:
+    """The turns of a record; the first question carries the image's tag."""
+    result = []
     for i, (question, answer) in enumerate(pairs):
         tag = "<image>\n" if image and i == 0 else ""
-        turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
-    return turns
+        result += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    return result
 
 
 def caption_record(name: str, image: str, scene: Scene, rng: np.random.Generator) -> Record:
     """Stage 1: one caption (the template `plain` drops the human text, as in LLaVA's data)."""
     prompt = str(rng.choice(CAPTION_PROMPTS))
-    return {"id": name, "image": image, "conversations": _turns([(prompt, caption(scene, rng))], image=True)}
+    return {"id": name, "image": image, "conversations": turns([(prompt, caption(scene, rng))], image=True)}
 
 
 def question_record(name: str, image: str, scene: Scene, rng: np.random.Generator) -> Record:
     """Stage 2: a conversation of `TURNS_PER_RECORD` questions of different types."""
     pairs = list(questions(scene, rng).values())
     chosen = [pairs[i] for i in rng.permutation(len(pairs))[:TURNS_PER_RECORD]]
-    return {"id": name, "image": image, "conversations": _turns(chosen, image=True)}
+    return {"id": name, "image": image, "conversations": turns(chosen, image=True)}
 
 
 def heldout_records(name: str, image: str, scene: Scene, rng: np.random.Generator) -> list[Record]:
     """Evaluation: one single-turn record per question type; the key "question_type" says which."""
     return [
-        {"id": f"{name}-{kind}", "image": image, "question_type": kind, "conversations": _turns([pair], image=True)}
+        {"id": f"{name}-{kind}", "image": image, "question_type": kind, "conversations": turns([pair], image=True)}
         for kind, pair in questions(scene, rng).items()
     ]
 
@@ -84,7 +85,7 @@ def text_only_record(name: str, rng: np.random.Generator) -> Record:
         (f"Is {shape} a color or a shape?", "a shape"),
     ]
     chosen = [pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(1, 4)]]
-    return {"id": name, "conversations": _turns(chosen, image=False)}
+    return {"id": name, "conversations": turns(chosen, image=False)}
 
 
 def notes(scene: Scene, rng: np.random.Generator) -> str:

@@ -15,19 +15,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from conversations import caption_record, heldout_records, question_record, text_only_record
 from drawing import draw_scene
 from jsonargparse import auto_cli
+from PIL import Image
 from scenes import Scene, make_scene
 from tqdm import tqdm
 
 JPEG_QUALITY = 90
 HELDOUT_FOLDER = "heldout/"
 TEXT_ONLY_EVERY = 10  # records per text-only record in stage 2
+Shown = TypeVar("Shown")
 
 
 def image_names(num_images: int, num_heldout: int) -> list[str]:
@@ -36,17 +40,27 @@ def image_names(num_images: int, num_heldout: int) -> list[str]:
     return [f"{HELDOUT_FOLDER if i >= first_heldout else ''}{i:06d}.jpg" for i in range(num_images)]
 
 
-def _write_image(task: tuple[Path, int, int]) -> Scene:
-    path, seed, index = task
+Draw = Callable[[int, int], tuple[Shown, Image.Image]]
+"""Seed and index -> what an image shows, and the image. A function of a module: worker processes import it."""
+
+
+def draw_quickstart(seed: int, index: int) -> tuple[Scene, Image.Image]:
+    """Image `index` of the quickstart."""
     scene = make_scene(seed, index)
-    draw_scene(scene).save(path, quality=JPEG_QUALITY)
-    return scene
+    return scene, draw_scene(scene)
 
 
-def write_images(folder: Path, seed: int, names: list[str]) -> list[Scene]:
-    """Draw every image with all cores; returns the scenes in order."""
+def _write_image(task: tuple[Draw[Shown], Path, int, int]) -> Shown:
+    draw, path, seed, index = task
+    shown, image = draw(seed, index)
+    image.save(path, quality=JPEG_QUALITY)
+    return shown
+
+
+def write_images(draw: Draw[Shown], folder: Path, seed: int, names: list[str]) -> list[Shown]:
+    """Draw every image with all cores; returns what they show, in order."""
     (folder / HELDOUT_FOLDER).mkdir(parents=True, exist_ok=True)
-    tasks = [(folder / name, seed, index) for index, name in enumerate(names)]
+    tasks = [(draw, folder / name, seed, index) for index, name in enumerate(names)]
     # An executor fails when a worker dies; multiprocessing.Pool would start new ones for ever.
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(tqdm(pool.map(_write_image, tasks, chunksize=32), total=len(names), desc="images", unit="img"))
@@ -80,7 +94,7 @@ def make_data(output: Path, seed: int = 0, num_images: int = 4000, num_heldout: 
     if not 0 < num_heldout < num_images:
         raise ValueError(f"--num_heldout {num_heldout} must be at least 1 and below --num_images {num_images}")
     names = image_names(num_images, num_heldout)
-    scenes = write_images(output / "images", seed, names)
+    scenes = write_images(draw_quickstart, output / "images", seed, names)
     for split, records in build_records(scenes, names, seed).items():
         (output / f"{split}.json").write_text(json.dumps(records, indent=1))
     (output / "scenes.json").write_text(json.dumps({n: s.to_dict() for n, s in zip(names, scenes, strict=True)}))

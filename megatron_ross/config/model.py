@@ -91,6 +91,7 @@ class DenoiserConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     frequency_embedding_size: int = 256
+    objective: str = "denoise"  # or "regress", see LossConfig.recon_objective: what it has learned to give
 
     @property
     def type(self) -> str:

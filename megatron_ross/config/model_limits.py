@@ -137,6 +137,8 @@ def _check_denoiser(denoiser: DenoiserConfig) -> None:
     _integer("denoiser.num_heads", denoiser.num_heads, 1, MAX_HEADS)
     _number("denoiser.mlp_ratio", denoiser.mlp_ratio, 0.01, 64)
     _integer("denoiser.frequency_embedding_size", denoiser.frequency_embedding_size, 2, MAX_WIDTH)
+    if denoiser.objective not in ("denoise", "regress"):
+        raise _wrong("denoiser.objective", denoiser.objective, "denoise or regress")
 
 
 def _check_vae(vae: VaeConfig) -> None:

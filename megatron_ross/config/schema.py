@@ -103,9 +103,20 @@ class LossConfig:
     """`token_mean`: sums over the global batch divided by its supervised tokens and real images; `reference`: the mean
     of microbatch means, with text-only samples diluting the reconstruction loss, as published."""
     recon_loss_weight: float = 1.0
+    """0 trains without reconstruction: neither denoiser nor VAE runs."""
+    recon_objective: Literal["denoise", "regress"] = "denoise"
+    """`denoise`: predict the noise in noised latents, as published; `regress`: the same network gives the clean latents
+    in one pass, from the language model's outputs alone."""
     num_noise_draws: int = 4
-    """K: independent (timestep, noise) draws per image."""
+    """K: independent (timestep, noise) draws per image; `regress` draws nothing."""
     seed: int = 42
+
+    @property
+    def denoiser_passes(self) -> int:
+        """How often the denoiser runs on every image."""
+        if self.recon_loss_weight == 0:
+            return 0
+        return self.num_noise_draws if self.recon_objective == "denoise" else 1
 
 
 @dataclass(frozen=True)

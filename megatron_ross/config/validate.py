@@ -166,6 +166,7 @@ def resolve_layout(
     Raises:
         ConfigError: the layout, the sizes and the model do not fit together.
     """
+    _check_objective(run, model)
     parallel, language = run.parallel, model.language
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, value in {
@@ -199,6 +200,16 @@ def resolve_layout(
     _check_interleaving(run, layout, world_size)
     check_fp8_sizes(run, language, layout)
     return layout
+
+
+def _check_objective(run: RunConfig, model: RossModelConfig) -> None:
+    """A denoiser that regresses knows no noise. One that says `denoise` may be untrained, so it may learn either."""
+    asked = run.loss.recon_objective
+    if model.denoiser is not None and model.denoiser.objective == "regress" and asked != "regress":
+        raise ConfigError(
+            f"recon_objective={asked}: the checkpoint's denoiser was trained with regress; set recon_objective to "
+            "regress, or start from a checkpoint before that training"
+        )
 
 
 def _check_interleaving(run: RunConfig, layout: StageLayout, world_size: int) -> None:

@@ -91,8 +91,8 @@ def ross_model_config(
     return model
 
 
-def denoiser_config(type_name: str, width: int | None = None) -> DenoiserConfig:
-    """`denoiser_vit{depth}x` and a width (default: the published one for that depth) -> config.
+def denoiser_config(type_name: str, width: int | None = None, objective: str = "denoise") -> DenoiserConfig:
+    """`denoiser_vit{depth}x`, a width (default: the published one for that depth) and an objective -> config.
 
     Raises:
         ValueError: another type, or a width that the 16 heads do not divide.
@@ -101,7 +101,7 @@ def denoiser_config(type_name: str, width: int | None = None) -> DenoiserConfig:
     if match is None:
         raise ValueError(f"denoiser type {shown(type_name)} is unknown: use denoiser_vitNx, N = 1..99")
     depth = int(match[1])
-    config = DenoiserConfig(depth=depth, width=width or DEFAULT_WIDTHS.get(depth, 1024))
+    config = DenoiserConfig(depth=depth, width=width or DEFAULT_WIDTHS.get(depth, 1024), objective=objective)
     if config.width % config.num_heads or not 0 < config.width <= MAX_WIDTH:
         raise ValueError(f"denoiser width {config.width} must be a multiple of its {config.num_heads} heads")
     return config
@@ -149,7 +149,8 @@ def _denoiser(fields: Fields, checkpoint_dir: Path) -> DenoiserConfig:
         table = tensors.get(ROSS_PREFIXES["denoiser"] + "pos_embed")
         width = table.shape[-1] if table is not None else None
     try:
-        return denoiser_config(fields.text("mm_inv_projector_type"), width)
+        objective = fields.choice("mm_inv_projector_objective", ("denoise", "regress"), "denoise")
+        return denoiser_config(fields.text("mm_inv_projector_type"), width, objective)
     except ValueError as error:
         raise ValueError(f"{fields.where}: {error}") from None
 

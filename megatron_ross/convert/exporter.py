@@ -142,10 +142,15 @@ def export_adapters(reader: CheckpointReader, output: Path, dtype: torch.dtype |
     """Write `mm_projector.bin`, and `mm_inv_projector.bin` if there is a denoiser, as the published first stage does.
 
     Raises:
-        ValueError: the checkpoint lacks tensors, or `output` exists.
+        ValueError: the checkpoint lacks tensors, `output` exists, or the denoiser regresses: these files cannot say it.
         OSError: writing failed.
     """
     model = reader.manifest.model
+    if model.denoiser is not None and model.denoiser.objective != "denoise":
+        raise ValueError(
+            f"{reader.directory}: the denoiser was trained to {model.denoiser.objective}, and adapter files would be "
+            "taken for one that denoises; export the format ross"
+        )
     files = {"mm_projector.bin": with_prefix(projector_mappings(model), ROSS_PREFIXES["projector"])}
     if model.denoiser is not None:
         files["mm_inv_projector.bin"] = with_prefix(denoiser_mappings(model), ROSS_PREFIXES["denoiser"])

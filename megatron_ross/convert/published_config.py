@@ -2,7 +2,8 @@
 
 A checkpoint that came from a composite keeps its config unchanged. One that came from components gets the language
 model's fields plus those that the published code adds. Both get three fields of ours (`vision_config`, `vae_config`,
-`mm_inv_projector_width`), which the published code ignores and which make the folder self-contained.
+`mm_inv_projector_width`), which the published code ignores and which make the folder self-contained. A denoiser that
+regresses latents says so in a fourth, `mm_inv_projector_objective`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.json_files import read_json
-from megatron_ross.config.model import LanguageModelConfig, RossModelConfig
+from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig
 from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}
@@ -40,6 +41,9 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
     if model.denoiser is not None and model.vae is not None:
         config["vae_config"] = model.vae.hf_config
         config["mm_inv_projector_width"] = model.denoiser.width
+        config.pop("mm_inv_projector_objective", None)
+        if model.denoiser.objective != DenoiserConfig.objective:
+            config["mm_inv_projector_objective"] = model.denoiser.objective
     config["torch_dtype"] = dtype
     config.pop("dtype", None)  # transformers 5's name of torch_dtype, which the published code does not know
     return config

@@ -17,7 +17,6 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
-from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 from megatron_ross.evaluation.generate import open_image
 from megatron_ross.huggingface import RossProcessor
 from megatron_ross.models.pictures import side_by_side, to_pil
@@ -43,7 +42,7 @@ def reconstruct_folder(
     images: Path,
     output: Path,
     *,
-    steps: str = "1000",
+    steps: str | None = None,
     seed: int = 0,
     prompt: str | None = None,
     batch_size: int = 8,
@@ -65,7 +64,7 @@ def reconstruct_folder(
     """
     if batch_size < 1:
         raise ValueError(f"batch-size is {batch_size}, it must be at least 1")
-    respaced_timesteps(NUM_TRAIN_TIMESTEPS, steps)  # refuses bad steps before anything is written
+    model.check_steps(steps)  # before anything is written
     files = image_files(images)[:limit]
     encoder = model.latent_encoder
     output.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ class RossFields:
     mm_pixel_decoder: str | None = None
     mm_inv_projector_type: str | None = None
     mm_inv_projector_width: int | None = None
+    mm_inv_projector_objective: str = "denoise"
     image_mean: list | tuple | None = None
     image_std: list | tuple | None = None
     image_aspect_ratio: str = "square"
@@ -63,7 +64,7 @@ class RossFields:
         """The denoiser; None in a plain LLaVA."""
         if self.mm_inv_projector_type is None or self.vae_config is None:
             return None
-        return denoiser_config(self.mm_inv_projector_type, self.mm_inv_projector_width)
+        return denoiser_config(self.mm_inv_projector_type, self.mm_inv_projector_width, self.mm_inv_projector_objective)
 
     @property
     def vae(self) -> VaeConfig | None:
@@ -81,6 +82,7 @@ class RossFields:
         if model.denoiser is not None and model.vae is not None:
             self.mm_inv_projector_type = model.denoiser.type
             self.mm_inv_projector_width = model.denoiser.width
+            self.mm_inv_projector_objective = model.denoiser.objective
             self.vae_config = dict(model.vae.hf_config)
 
 

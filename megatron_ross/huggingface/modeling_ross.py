@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from megatron_ross.config.model import IMAGE_TOKEN_ID, VaeConfig, VisionConfig
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
 from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.huggingface.configuration_ross import (
     RossFields,
@@ -36,6 +37,7 @@ from megatron_ross.models.projector import build_projector
 from megatron_ross.models.vision import VisionTower
 
 MAX_KEYS_LISTED = 20
+DEFAULT_STEPS = "1000"
 
 
 class PublishedVisionTower(nn.Module):
@@ -237,18 +239,43 @@ class RossForConditionalGeneration:
             Grouped latents, float32 [n, C4, g, g].
 
         Raises:
-            ValueError: the model has no denoiser, or `steps` does not fit the schedule.
+            ValueError: the model has no denoiser or one that regresses, or `steps` does not fit the schedule.
         """
         denoiser = self._denoiser()
+        if denoiser.config.objective != "denoise":
+            raise ValueError("the checkpoint's denoiser gives latents in one pass (regress): nothing is sampled")
         embedded = denoiser.embed_condition(condition)
         tables = respace(cosine_tables(), steps).to(x_T.device)
         return sample(lambda x, t: denoiser.predict_noise(x, t, embedded), x_T, noise_fn, tables)
+
+    @torch.no_grad()
+    def regress_latents(self, condition: Tensor) -> Tensor:
+        """Grouped latents, float32 [n, C4, g, g], of a denoiser trained to regress them; condition [n, N, h]."""
+        denoiser, encoder = self._denoiser(), self.latent_encoder
+        shape = (condition.shape[0], 4 * encoder.config.latent_channels, encoder.grid_size, encoder.grid_size)
+        nothing = torch.zeros(shape, device=condition.device)
+        t = torch.zeros(shape[0], dtype=torch.int64, device=condition.device)
+        return denoiser.predict_noise(nothing, t, denoiser.embed_condition(condition)).float()
+
+    def check_steps(self, steps: str | int | None) -> None:
+        """Refuse sampling steps that do not fit the schedule, or a denoiser that does not sample.
+
+        Raises:
+            ValueError: says which.
+        """
+        if self._denoiser().config.objective == "denoise":
+            respaced_timesteps(NUM_TRAIN_TIMESTEPS, DEFAULT_STEPS if steps is None else steps)
+        elif steps is not None:
+            raise ValueError(
+                f"steps {steps!r}: the checkpoint's denoiser gives latents in one pass (trained with recon_objective: "
+                "regress); leave the steps out"
+            )
 
     def reconstruct(
         self,
         images: list[Image.Image],
         *,
-        steps: str | int = "1000",
+        steps: str | int | None = None,
         seed: int = 0,
         prompt: str | None = None,
         processor: RossProcessor | None = None,
@@ -258,7 +285,8 @@ class RossForConditionalGeneration:
 
         Args:
             images: PIL images of any size.
-            steps: see `sample_latents`. 1000 is the published number; 50 to 250 is a fair picture.
+            steps: see `sample_latents`. 1000, the default, is the published number; 50 to 250 is a fair picture. A
+                denoiser that was trained to regress latents takes one pass and no steps.
             seed: of the noise; image i of the list uses `seed + i` whatever the batch size or device.
             prompt: text in front of the image; default: the one of the training template.
             processor: default: the one stored with the checkpoint this model was loaded from.
@@ -268,8 +296,9 @@ class RossForConditionalGeneration:
             Square images of side 16 x patches per side, as the vision tower sees them (padded or stretched).
 
         Raises:
-            ValueError: the model has no denoiser, or `steps` does not fit the schedule.
+            ValueError: the model has no denoiser, or `steps` does not fit the schedule or the denoiser.
         """
+        self.check_steps(steps)
         processor = processor or RossProcessor.from_pretrained(self.config.name_or_path)
         prefix = torch.tensor(
             processor.text_tokenizer.encode(processor.text_before_image() if prompt is None else prompt)
@@ -278,7 +307,10 @@ class RossForConditionalGeneration:
         for start in range(0, len(images), batch_size):
             pixels = processor.pixels(images[start : start + batch_size])
             condition = self.image_hidden_states(prefix.to(torch.int64), pixels)
-            latents = self._sample_seeded(condition, steps, seed + start)
+            if self._denoiser().config.objective == "regress":
+                latents = self.regress_latents(condition)
+            else:
+                latents = self._sample_seeded(condition, DEFAULT_STEPS if steps is None else steps, seed + start)
             painted += to_pil(self.latent_encoder.decode_latents(latents))
         return painted
 

@@ -17,9 +17,9 @@ from megatron_ross.config.model import RossModelConfig
 from megatron_ross.data.batch import NoiseDraws, RossMicrobatch, image_token_positions
 from megatron_ross.data.collate import image_share
 from megatron_ross.losses import recon_loss_sum
-from megatron_ross.models.denoiser import RossDenoiser
+from megatron_ross.models.denoiser import RossDenoiser, to_grid, to_tokens
 from megatron_ross.models.diffusion import cosine_tables, respace, sample
-from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.models.latents import LatentEncoder, group_latents
 from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
@@ -33,6 +33,8 @@ class ReconstructionHead(nn.Module):
         model, config, groups: architecture, Megatron's configuration, process groups.
         seed: run seed of the noise; with a sample's key it determines every draw.
         num_draws: K (timestep, noise) draws per image.
+        objective: `denoise`: the denoiser finds the noise in noised latents; `regress`: it gives the latents themselves
+            (the posterior's mean) from the condition alone, in one pass at timestep 0 with zeros for an input.
         compute_dtype: `fp32` (published), `tf32` or `bf16` arithmetic in the denoiser.
         cached_latents: microbatches bring VAE moments, so there is no VAE here.
     """
@@ -45,6 +47,7 @@ class ReconstructionHead(nn.Module):
         *,
         seed: int,
         num_draws: int,
+        objective: str = "denoise",
         compute_dtype: str = "fp32",
         cached_latents: bool = False,
     ) -> None:
@@ -56,6 +59,7 @@ class ReconstructionHead(nn.Module):
         self.groups = groups
         self.seed = seed
         self.num_draws = num_draws
+        self.objective = objective
         self.allow_tf32 = compute_dtype == "tf32"
         device = current_device()
         self.denoiser = RossDenoiser(
@@ -71,25 +75,48 @@ class ReconstructionHead(nn.Module):
             tables.sqrt_alphas_cumprod.float(), tables.sqrt_one_minus_alphas_cumprod.float()
         )
 
-    def forward(self, hidden: Tensor, batch: RossMicrobatch, breakdown: LossBreakdown | None = None) -> Tensor:
-        """Sum over this rank's images of their mean squared noise error; fp32 scalar.
+    def forward(
+        self, hidden: Tensor, batch: RossMicrobatch, breakdown: LossBreakdown | None = None, *, skip: bool = False
+    ) -> Tensor:
+        """Sum over this rank's images of their mean squared error, of the noise or of the latents; fp32 scalar.
 
         Args:
             hidden: hidden states after the final norm [s, b, h], from `to_heads`.
             breakdown: gets the errors of single draws.
+            skip: the loss has no weight, so no image is worth the work.
         """
         mine = image_share(batch.num_images, self.groups.tp.rank(), self.groups.tp.size())
         wanted = (batch.recon_weight[mine.start : mine.stop] > 0).nonzero().squeeze(1)
-        if wanted.numel() == 0:
-            return self._no_loss(hidden, batch, mine.start + wanted)
+        if skip:
+            wanted = wanted[:0]
         share = mine.start + wanted
+        if wanted.numel() == 0:
+            return self._no_loss(hidden, batch, share)
         condition = self._condition(hidden, batch, share)
-        noise = self._noise(batch, share)
-        x_t, t = self._noised(*self._posterior(batch, wanted), noise)
-        squared_error, count = ops.score(self._denoise(x_t, t, condition), noise)
+        score = self._latent_error if self.objective == "regress" else self._noise_error
+        squared_error, count, t = score(condition, batch, share, *self._posterior(batch, wanted))
         if breakdown is not None:
             breakdown.add_recon(squared_error, count, t, batch, share, self.schedule.signal.numel())
         return recon_loss_sum(squared_error, count, batch.recon_weight[share])
+
+    def _noise_error(
+        self, condition: Tensor, batch: RossMicrobatch, share: Tensor, mean: Tensor, logvar: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of predicted noise, float32 [K, n_share], how many elements are in each, and timesteps."""
+        noise = self._noise(batch, share)
+        x_t, t = self._noised(mean, logvar, noise)
+        return *ops.score(self._denoise(x_t, t, condition), noise), t
+
+    def _latent_error(
+        self, condition: Tensor, batch: RossMicrobatch, share: Tensor, mean: Tensor, logvar: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of predicted latents, float32 [1, n_share], how many elements are in each, and timesteps 0."""
+        vae = self.vae_config
+        target = to_tokens(group_latents((mean - vae.shift_factor) * vae.scaling_factor))
+        x_t, t = self._no_input(share.numel(), condition)
+        error = self._denoise(x_t, t, condition).float().squeeze(0) - target
+        squared_error = error.square().sum(dim=(1, 2))[None]
+        return squared_error, torch.full_like(squared_error, target[0].numel(), dtype=torch.int64), t
 
     def image_conditions(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
         """What all images of a microbatch give the denoiser: hidden states [s, b, h] -> [n, N, h]."""
@@ -100,9 +127,12 @@ class ReconstructionHead(nn.Module):
         """Images painted from nothing but their conditions [n, N, h]: grouped latents, float32 [n, C4, g, g].
 
         Args:
-            respacing: sampling steps, see `diffusion.respaced_timesteps`.
+            respacing: sampling steps, see `diffusion.respaced_timesteps`; `regress` takes one pass and no noise.
             seeds: of each image's noise.
         """
+        if self.objective == "regress":
+            x_t, t = self._no_input(condition.shape[0], condition)
+            return to_grid(self._denoise(x_t, t, condition).float().squeeze(0))
         side = self.model.vision.grid_size
         shape = (4 * self.vae_config.latent_channels, side, side)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -143,10 +173,13 @@ class ReconstructionHead(nn.Module):
         overlap the backward pass (`overlap_grad_reduce`) meet those of ranks with images.
         """
         condition = self._condition(hidden, batch, nothing)
-        shape = (self.num_draws, 0, self.model.vision.num_image_tokens, 4 * self.vae_config.latent_channels)
+        return self._denoise(*self._no_input(0, condition), condition).float().sum()
+
+    def _no_input(self, num_images: int, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros for latents and timesteps of one pass: [1, n, N, C4], [1, n]."""
+        shape = (1, num_images, self.model.vision.num_image_tokens, 4 * self.vae_config.latent_channels)
         x_t = condition.new_zeros(shape, dtype=self.denoiser.compute_dtype)
-        t = torch.zeros((self.num_draws, 0), dtype=torch.int64, device=hidden.device)
-        return self._denoise(x_t, t, condition).float().sum()
+        return x_t, torch.zeros((1, num_images), dtype=torch.int64, device=condition.device)
 
     def _denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         def predict(condition: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_ross.config.layout import StageSpec
 from megatron_ross.config.model import RossModelConfig
+from megatron_ross.config.schema import LossConfig
 from megatron_ross.data.batch import RossMicrobatch
 from megatron_ross.losses import LossScales
 from megatron_ross.models.language import padded_vocab_size, rotary_embedding
@@ -86,7 +87,8 @@ class RossStage(MegatronModule):
         groups: this rank's process groups.
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
-        seed, num_noise_draws, denoiser_dtype, cached_latents: see `ReconstructionHead`.
+        loss: seed, draws and objective of the reconstruction loss.
+        denoiser_dtype, cached_latents: see `ReconstructionHead`.
         vision_tower_dtype: see `VisionEncoder`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
     """
@@ -104,8 +106,7 @@ class RossStage(MegatronModule):
         transformer_engine: bool,
         is_last: bool,
         vp_stage: int | None,
-        seed: int,
-        num_noise_draws: int,
+        loss: LossConfig,
         denoiser_dtype: str = "fp32",
         vision_tower_dtype: str | None = None,
         lm_head_chunk_tokens: int,
@@ -146,8 +147,9 @@ class RossStage(MegatronModule):
                 model,
                 config,
                 groups,
-                seed=seed,
-                num_draws=num_noise_draws,
+                seed=loss.seed,
+                num_draws=loss.num_noise_draws,
+                objective=loss.recon_objective,
                 compute_dtype=denoiser_dtype,
                 cached_latents=cached_latents,
             )
@@ -223,7 +225,8 @@ class RossStage(MegatronModule):
         losses = []
         if self.spec.has("D"):
             self.wait_for(self.reconstruction)
-            losses.append(self.reconstruction(full, batch, self.breakdown) * scales.recon)
+            recon = self.reconstruction(full, batch, self.breakdown, skip=scales.recon == 0)
+            losses.append(recon * scales.recon)
             self.losses.add(recon=losses[-1])
         if self.spec.has("H"):
             self.wait_for(self.output_layer)

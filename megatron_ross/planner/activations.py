@@ -147,7 +147,7 @@ class ActivationModel:
         size = 2 if self.run.compute.denoiser_dtype == "bf16" else 4
         images = images_on_busiest_rank(self.shapes.reconstructed_images, self.tp)
         tokens = images * self.model.vision.num_image_tokens
-        rows = tokens * self.run.loss.num_noise_draws
+        rows = tokens * self.run.loss.denoiser_passes
         # Per block: 14 around modulation and gates, 7 in attention and the MLP's input and output, 2 in its middle.
         block = (21 + 2 * config.mlp_ratio) * config.width * size + 4 * config.num_heads
         latents = latent_channels(self.model) * (size + 4)

@@ -199,8 +199,9 @@ def module_flops(
         "head": head_flops(model.language, work.supervised_tokens, trained),
     }
     if model.vae is not None:
-        result["denoiser"] = denoiser_flops(model, work.reconstructed_images, num_draws, trained)
-        encoded = 0.0 if cached_latents else work.reconstructed_images
+        reconstructed = work.reconstructed_images if num_draws else 0.0
+        result["denoiser"] = denoiser_flops(model, reconstructed, num_draws, trained)
+        encoded = 0.0 if cached_latents else reconstructed
         result["vae"] = vae_encoder_flops(model.vae, model.decode_image_size, encoded)
     return result
 
@@ -217,7 +218,7 @@ def step_flops(
 
     Args:
         work: counts of the step, summed over microbatches and data-parallel ranks (`Work`, `causal_pairs`).
-        num_draws: K of the reconstruction loss.
+        num_draws: passes of every image through the denoiser (K); 0 if the reconstruction loss has no weight.
         cached_latents: the VAE does not run.
     """
     parts = module_flops(model, Trained.of(trainability), work, num_draws, cached_latents=cached_latents)

@@ -100,7 +100,7 @@ def _workspace(activations: ActivationModel, spec: StageSpec) -> float:
         needs.append(activations.logits_tokens * model.language.vocab_size / tp * (4 + activations.element))
     if spec.has("D") and model.denoiser is not None and model.vae is not None:
         images = images_on_busiest_rank(shapes.reconstructed_images, tp)
-        rows = images * model.vision.num_image_tokens * activations.run.loss.num_noise_draws
+        rows = images * model.vision.num_image_tokens * activations.run.loss.denoiser_passes
         needs.append(12 * rows * model.denoiser.width * 4)
         if not activations.run.data.latent_cache:
             needs.append(4 * 4 * images * model.decode_image_size**2 * model.vae.hf_config["block_out_channels"][0])

@@ -90,7 +90,7 @@ def plan_run(
         model,
         run.trainability,
         whole_step,
-        run.loss.num_noise_draws,
+        run.loss.denoiser_passes,
         cached_latents=bool(run.data.latent_cache),
     )
     utilisation = mfu(flops, time.total, world_size, gpu.peak_flops("bf16"))

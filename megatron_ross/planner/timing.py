@@ -72,7 +72,7 @@ class CostModel:
         """Time of every letter of a layout for one microbatch on one rank; `t` is one layer."""
         work, trained, padding = self.microbatch, Trained.of(self.run.trainability), self.workload.padding
         flops = module_flops(
-            self.model, trained, work, self.run.loss.num_noise_draws, cached_latents=bool(self.run.data.latent_cache)
+            self.model, trained, work, self.run.loss.denoiser_passes, cached_latents=bool(self.run.data.latent_cache)
         )
         layer = decoder_layer_flops(self.model.language, work.tokens, work.attention_pairs, trained) * padding
         images = self._share(work.images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, iteration_dir
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavedCheckpoint, SavePolicy
+from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
 
 
@@ -109,6 +110,13 @@ class RunCheckpoints:
 
     def close(self) -> None:
         self._saver.close()
+
+
+def trained_model(model: RossModelConfig, run: RunConfig) -> RossModelConfig:
+    """The model as its manifest describes it from now on: the denoiser has the objective it is trained with."""
+    if model.denoiser is None or not run.loss.denoiser_passes or run.trainability.freeze_mm_inv_projector:
+        return model
+    return replace(model, denoiser=replace(model.denoiser, objective=run.loss.recon_objective))
 
 
 def training_record(losses: dict[str, float], run: RunConfig, data: dict[str, Any], layout: str) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Observations:
     ) -> None:
         self._run, self._groups, self._beat = run, groups, beat
         settings = run.observation
-        self._num_buckets = settings.log_timestep_buckets if model.denoiser is not None else 0
+        has_timesteps = model.denoiser is not None and run.loss.recon_objective == "denoise"
+        self._num_buckets = settings.log_timestep_buckets if has_timesteps else 0
         ends = source_ends(dataset) if settings.log_source_losses else []
         self._names = source_names(run.data) if ends else []
         self._training: LossBreakdown | None = None

@@ -29,7 +29,7 @@ from megatron_ross.planner.flops import step_flops
 from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
-from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, training_record
+from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
 from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
@@ -186,7 +186,7 @@ class Trainer:
             self.manifest.model,
             run.trainability,
             work,
-            run.loss.num_noise_draws,
+            run.loss.denoiser_passes,
             cached_latents=bool(run.data.latent_cache),
         )
 
@@ -258,7 +258,7 @@ class Trainer:
         trainable_only = self.run.training.save_trainable_only
         manifest = Manifest(
             iteration=self.iteration,
-            model=self.manifest.model,
+            model=trained_model(self.manifest.model, self.run),
             sources=self.manifest.sources,
             dtypes=self.manifest.dtypes,
             training=training_record(self.last_losses, self.run, data, str(self.layout)),

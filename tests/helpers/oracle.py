@@ -84,6 +84,7 @@ class Oracle:
         recon_loss_weight: float = 1.0,
         epoch: int = 0,
         draws: NoiseDraws | None = None,
+        objective: str = "denoise",
     ) -> OracleResult:
         """Default mode: one mean over all supervised tokens, one over all reconstructed images.
 
@@ -99,12 +100,15 @@ class Oracle:
             for span in sample.images if self.model.denoiser is not None else ():
                 if not span.reconstruct:
                     continue
+                condition = hidden[span.start : span.start + self.model.vision.num_image_tokens]
+                if objective == "regress":
+                    recon_sums.append(self._regression(span.load_pixels().double(), condition))
+                    continue
                 if draws is None:
                     drawn = self._draws(seed, (epoch, sample.sample_id, span.index), num_draws)
                 else:
                     i = len(recon_sums)
                     drawn = NoiseDraws(draws.t[:, i], draws.eps[:, i], draws.posterior[i])
-                condition = hidden[span.start : span.start + self.model.vision.num_image_tokens]
                 recon_sums.append(self._reconstruction(span.load_pixels().double(), condition, drawn))
         zero = torch.zeros((), dtype=torch.float64)
         lm = sum(lm_sums, start=zero) / max(1, num_tokens)
@@ -168,6 +172,14 @@ class Oracle:
         noised = alphas.sqrt() * target + (1 - alphas).sqrt() * eps
         condition = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-5)
         return (self._denoise(noised, draws.t, condition) - eps).square().mean()
+
+    def _regression(self, pixels: Tensor, hidden: Tensor) -> Tensor:
+        """Mean squared error of one image's latents, which the network gives without having seen any."""
+        config = self.vae.config
+        target = self._latents(pixels, torch.zeros(config.latent_channels, 1, 1, dtype=torch.float64))
+        condition = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-5)
+        given = self._denoise(torch.zeros_like(target)[None], torch.zeros(1, dtype=torch.int64), condition)
+        return (given[0] - target).square().mean()
 
     @torch.no_grad()
     def _latents(self, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -274,3 +274,19 @@ def test_vocabulary_padding_is_cut_off(imported: Imported, golden_dir: Path, tmp
     export_checkpoint(tmp_path / "iter_0000005", tmp_path / "out", "ross")
     golden = load_file(golden_dir / "ross_llama_clip" / "model.safetensors")
     assert _equal(load_file(tmp_path / "out" / "model.safetensors"), golden)
+
+
+def test_a_denoiser_that_regresses_says_so_all_the_way(imported: Imported, tmp_path: Path) -> None:
+    """Manifest -> config.json -> manifest; adapter files cannot say it and are refused."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(resolve_checkpoint(imported("qwen2_siglip")), checkpoint)
+    manifest = Manifest.read(checkpoint)
+    assert manifest.model.denoiser is not None
+    regresses = replace(manifest.model, denoiser=replace(manifest.model.denoiser, objective="regress"))
+    replace(manifest, model=regresses).write(checkpoint)
+    export_checkpoint(checkpoint, tmp_path / "out", "ross")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_inv_projector_objective"] == "regress"
+    import_checkpoint(tmp_path / "again", checkpoint=str(tmp_path / "out"))
+    assert open_checkpoint(tmp_path / "again").manifest.model == regresses
+    with pytest.raises(ValueError, match="adapter files would be taken for one that denoises"):
+        export_checkpoint(checkpoint, tmp_path / "adapters", "adapters")

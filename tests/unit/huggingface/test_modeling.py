@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from megatron_ross.huggingface import RossForConditionalGeneration, RossLlamaForCausalLM, RossProcessor
 from megatron_ross.huggingface.processing_ross import expand_image_tokens
+from megatron_ross.models.pictures import to_pil
 from tests.helpers import golden
 
 CLASS_NAMES = {"qwen2_siglip": "RossQwen2ForCausalLM", "llama_clip": "RossLlamaForCausalLM"}
@@ -331,3 +332,32 @@ def test_tied_embeddings_need_no_head_in_the_file(tmp_path: Path) -> None:
     assert torch.equal(network.lm_head.weight, golden.composite("qwen2_siglip")["model.embed_tokens.weight"])
     network.save_pretrained(tmp_path / "saved")
     assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+
+
+def test_a_denoiser_that_regresses_paints_in_one_pass_and_takes_no_steps(tmp_path: Path) -> None:
+    folder = copy_checkpoint("qwen2_siglip", tmp_path)
+    edit_config(folder, mm_inv_projector_objective="regress")
+    network, pictures = RossForConditionalGeneration.from_pretrained(folder), [image("square.png")]
+    prepare = processor("qwen2_siglip")
+    painted = network.reconstruct(pictures, seed=1, processor=prepare)[0]
+    assert np.array_equal(painted, network.reconstruct(pictures, seed=2, processor=prepare)[0])
+    prefix = torch.tensor(prepare.text_tokenizer.encode(prepare.text_before_image()))
+    hidden = network.image_hidden_states(prefix, prepare.pixels(pictures))
+    nothing, t = torch.zeros(1, 1, 64, 4, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        latents = network.model.mm_inv_projector["net"](nothing, t, hidden)[0]
+    assert np.array_equal(painted, to_pil(network.latent_encoder.decode_latents(latents))[0])
+    with pytest.raises(ValueError, match="gives latents in one pass"):
+        network.reconstruct(pictures, steps="10", processor=prepare)
+    with pytest.raises(ValueError, match="nothing is sampled"):
+        network.sample_latents(hidden, nothing[0], lambda _: nothing[0], 10)
+    network.save_pretrained(tmp_path / "saved")
+    again = RossForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert again.config.denoiser.objective == "regress"
+
+
+def test_an_unknown_objective_is_refused(tmp_path: Path) -> None:
+    folder = copy_checkpoint("qwen2_siglip", tmp_path)
+    edit_config(folder, mm_inv_projector_objective="guess")
+    with pytest.raises(ValueError, match="mm_inv_projector_objective"):
+        RossForConditionalGeneration.from_pretrained(folder)

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from megatron_ross.config.model import RossModelConfig
-from megatron_ross.config.schema import TrainabilityConfig
+from megatron_ross.config.schema import LossConfig, TrainabilityConfig
 from megatron_ross.models.denoiser import RossDenoiser
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.projector import build_projector
@@ -166,3 +166,14 @@ def test_causal_pairs_do_not_cross_samples() -> None:
     segment = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
     allowed = (segment[:, None] == segment) & torch.ones(8, 8).tril().bool()
     assert causal_pairs(lengths) == int(allowed.sum())
+
+
+def test_passes_of_the_denoiser_follow_the_objective_and_the_weight() -> None:
+    """Regression passes once; without weight neither denoiser nor VAE runs."""
+    assert LossConfig(num_noise_draws=4).denoiser_passes == 4
+    assert LossConfig(num_noise_draws=4, recon_objective="regress").denoiser_passes == 1
+    assert LossConfig(recon_loss_weight=0).denoiser_passes == 0
+    assert LossConfig(recon_loss_weight=0, recon_objective="regress").denoiser_passes == 0
+    model, work = model_config("llama_clip"), Work(50, 1275, 10, 2, 2)
+    off = module_flops(model, STAGE_2, work, 0)
+    assert off["denoiser"].total == off["vae"].total == 0
