@@ -51,8 +51,8 @@ EXTRAS_REQUIRE = {
     "flash-attn": ["flash-attn>=2.8"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3"],
     "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<3"],
-    # The lines from aiohttp on: what lmms-eval needs for pictures and text. It declares torchvision and video libraries,
-    # too, so tools/setup_venv.sh adds it without its dependencies.
+    # From aiohttp on: what lmms-eval needs for pictures and text. It declares torchvision and video libraries, too, so
+    # tools/setup_venv.sh adds it without its dependencies.
     "eval": [
         "accelerate>=1.15",
         "datasets>=5.2",
