@@ -182,13 +182,9 @@ def test_failures_end_with_status_1_and_one_line(
     stored: Stored,
     local: Local,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """lmms-eval's own command line would end with status 0."""
-    import tenacity.nap
-
-    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
     assert main(command(stored.composite, local, tmp_path / "results", task)) == 1
     lines = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()
     assert lines[-1].startswith("error: ")
