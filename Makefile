@@ -15,6 +15,7 @@ else
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 endif
 READY := $(VENV)/.ready
+EVAL_READY := $(VENV)/.ready-eval
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 
@@ -23,7 +24,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
-.PHONY: help install quickstart test test-slow test-layouts test-faults test-gpu test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-slow test-layouts test-faults test-eval test-gpu test-lowest benchmark check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -31,6 +32,10 @@ help: ## show this list
 
 $(READY): setup.py tools/setup_venv.sh
 	@tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(EVAL_READY): $(READY)
+	@EXTRAS=eval tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 
 $(LOWEST)/.ready: setup.py tools/setup_venv.sh tests/lowest-requirements.txt
@@ -43,7 +48,7 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
-	@$(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults"
+	@$(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
 
 test-slow: $(READY) ## the tests that take minutes each
 	@$(BIN)/python $(PYTEST) -m slow
@@ -54,12 +59,15 @@ test-layouts: $(READY) ## every parallel layout against one process, the full pr
 test-faults: $(READY) ## kill ranks, lose machines, stop runs: real torchrun processes, one test at a time
 	@$(BIN)/python -m pytest -m faults
 
+test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, without network
+	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
+
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a CUDA GPU, and torch sees none")'
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
-	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults"
+	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
 	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json

@@ -51,7 +51,25 @@ EXTRAS_REQUIRE = {
     "flash-attn": ["flash-attn>=2.8"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3"],
     "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<3"],
-    "eval": ["accelerate>=1.15", "datasets>=5.2", "scikit-image>=0.25", "scipy>=1.15"],
+    # From aiohttp on: what lmms-eval needs for pictures and text. It declares torchvision and video libraries, too, so
+    # tools/setup_venv.sh adds it without its dependencies.
+    "eval": [
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "scikit-image>=0.25",
+        "scipy>=1.15",
+        "aiohttp>=3.11",
+        "evaluate>=0.4.3",
+        "filelock>=3.20,<4",  # lmms-eval 0.7.3 replaces parts of it that 4 has moved
+        "loguru>=0.7",
+        "pandas>=2.2",
+        "pydantic>=2.10",
+        "pytablewriter>=1.2",
+        "pytz>=2024.2",
+        "requests>=2.32",
+        "sacrebleu>=2.4.3",
+        "tenacity>=9",
+    ],
     "wandb": ["wandb>=0.22"],
     # scikit-image and scipy: photographs and pictures. DALI decodes on CPU too.
     "quickstart": ["nvidia-dali-cuda130>=2.4,<3", "scikit-image>=0.25", "scipy>=1.15"],
@@ -87,6 +105,7 @@ setup(
     package_dir={"ross_kernels": "kernels/ross_kernels"},
     package_data={"megatron_ross": ["py.typed", "**/*.jinja", "**/*.json", "**/*.yaml"], "ross_kernels": ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
+    entry_points={"lmms_eval.models": ["megatron_ross = megatron_ross.evaluation.lmms_eval.manifest:manifest"]},
     extras_require=EXTRAS_REQUIRE,
     classifiers=[
         "Intended Audience :: Science/Research",

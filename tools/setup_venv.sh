@@ -5,12 +5,14 @@
 #
 # Environment: TORCH            what to install as torch, e.g. "torch==2.11.0" (default: see install_torch)
 #              TORCH_INDEX_URL  extra package index that offers CPU builds of torch
-#              EXTRAS           extras of setup.py to install (default: dev; dev,gpu on a host with a CUDA GPU)
+#              EXTRAS           extras of setup.py to install (default: dev; dev,gpu on a host with a CUDA GPU);
+#                               with eval, lmms-eval is installed, too
 #              CONSTRAINTS      pip constraints file
 #              PIP_*            are honoured by pip itself
 set -eu
 
 CPU_TORCH=2.13.0
+LMMS_EVAL=0.7.3
 python=$1
 venv=$2
 
@@ -54,6 +56,8 @@ install_project() {
     set -- --constraint "$held"
     if [ -n "${CONSTRAINTS:-}" ]; then set -- "$@" --constraint "$CONSTRAINTS"; fi
     pip_install "$@" --editable ".[$extras]"
+    # Without its dependencies: they hold torchvision builds that need CUDA, and video libraries no task here uses.
+    case ",$extras," in *,eval,*) pip_install --no-deps "lmms_eval==$LMMS_EVAL" ;; esac
     if has_gpu && ! pip_install "$@" --no-build-isolation --editable ".[te]"; then
         note "TransformerEngine could not be installed; training will use Megatron's local layers"
     fi

@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from megatron_ross.config.json_files import read_json
+from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.data.images import decode_image
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
+from megatron_ross.huggingface.chat_templates import chat_template
+from megatron_ross.huggingface.hub import local_folder
 
 CHAT_HELP = "/image FILE shows a picture with the next question, /reset starts over, /quit ends"
 
@@ -27,6 +32,8 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     """Sample from the likeliest tokens only; 0: from all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and do not belong to it, beside the checkpoint's end tokens."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -50,7 +57,7 @@ class ChatSession:
     """One conversation: what was said and shown so far."""
 
     model: Any
-    processor: RossProcessor
+    processor: Any
     decoding: Decoding = field(default_factory=Decoding)
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
@@ -68,7 +75,7 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         shown = [*self.images, *(images or [])]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(text=text, images=shown).to(self.model.device)
+        inputs = self.processor(text=text, images=shown or None, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, streamer=streamer, **self.decoding.options())
         answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
@@ -139,15 +146,15 @@ def load_for_inference(
     template: str | None = None,
     vision_tower: str | None = None,
     vae: str | None = None,
-) -> tuple[Any, RossProcessor]:
-    """Model (in evaluation mode) and processor of a composite checkpoint.
+) -> tuple[Any, Any]:
+    """Model (in evaluation mode) and processor of a composite checkpoint, or of a LLaVA export.
 
     Args:
         checkpoint: folder or hub id.
         device: default: the GPU if there is one.
         dtype: "bf16", "fp16", "fp32", or "auto": the checkpoint's on a GPU, float32 on a CPU.
         template: chat template; see `RossProcessor.from_pretrained`.
-        vision_tower, vae: see `read_model_config`.
+        vision_tower, vae: see `read_model_config`; a LLaVA export has no use for them.
 
     Raises:
         ValueError: unknown dtype, or the checkpoint cannot be loaded.
@@ -156,8 +163,24 @@ def load_for_inference(
         raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = "auto" if torch.device(device).type == "cuda" else torch.float32
-    model = RossForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=_DTYPES.get(dtype, stored), vision_tower=vision_tower, vae=vae
-    )
-    processor = RossProcessor.from_pretrained(checkpoint, template=template, vision_tower=vision_tower, vae=vae)
+    chosen = _DTYPES.get(dtype, stored)
+    folder = local_folder(checkpoint)
+    if read_json(folder / "config.json").get("model_type") == "llava":
+        model, processor = _load_llava(folder, chosen, template)
+    else:
+        model = RossForConditionalGeneration.from_pretrained(folder, dtype=chosen, vision_tower=vision_tower, vae=vae)
+        processor = RossProcessor.from_pretrained(folder, template=template, vision_tower=vision_tower, vae=vae)
     return model.eval().to(device), processor
+
+
+def _load_llava(folder: Path, dtype: Any, template: str | None) -> tuple[Any, Any]:
+    """Stock LLaVA, complete."""
+    WeightFolder(folder)  # refuses damaged or missing files, by name
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of its config, e.g. {missing[0]}: export it again")
+    processor = AutoProcessor.from_pretrained(folder)
+    if template is not None:
+        processor.chat_template = chat_template(template)
+    return model, processor

@@ -74,18 +74,19 @@ def chat_template(name: str) -> str:
     """Jinja text of a training template.
 
     Args:
-        name: "qwen_2", "v1", "llama3" or "plain" (images, then the caption; for models that saw stage 1 only).
+        name: "qwen_2", "v1", "llama3" or "plain" (images, then the caption; for models that saw stage 1 only);
+            "llava_v1" is "v1" in the wording of "qwen_2", with which the published evaluation asks Vicuna.
 
     Raises:
         ValueError: unknown name.
     """
     if name == "qwen_2":
         return _fill(_USER_ASSISTANT, system=_SYSTEM.format(who="human"), end="<|im_end|>")
-    if name == "v1":
-        return _fill(_USER_ASSISTANT, system=_SYSTEM.format(who="user"), end="</s>")
+    if name in ("v1", "llava_v1"):
+        return _fill(_USER_ASSISTANT, system=_SYSTEM.format(who="user" if name == "v1" else "human"), end="</s>")
     if name in ("llama3", "plain"):
         return _fill({"llama3": _LLAMA3, "plain": _PLAIN}[name])
-    raise ValueError(f"chat template {name!r} is unknown; use 'qwen_2', 'v1', 'llama3' or 'plain'")
+    raise ValueError(f"chat template {name!r} is unknown; use 'qwen_2', 'v1', 'llava_v1', 'llama3' or 'plain'")
 
 
 def _fill(template: str, system: str = "", end: str = "") -> str:

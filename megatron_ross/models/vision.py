@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.initialization import no_init_weights
 
 from megatron_ross.config.model import VisionConfig
 
@@ -89,6 +90,12 @@ class VisionTower(nn.Module):
     def _modules_run(self) -> list[nn.Module]:
         pre_norm = [self.tower.pre_layrnorm] if self.has_class_token else []
         return [self.tower.embeddings, *pre_norm, *self.tower.encoder.layers[: self.num_blocks_run]]
+
+
+def empty_tower(config: VisionConfig) -> VisionTower:
+    """A tower whose weights are still to be loaded: random ones would take ten seconds and more."""
+    with no_init_weights():
+        return VisionTower(config)
 
 
 def _num_blocks(select_layer: int, num_layers: int) -> int:

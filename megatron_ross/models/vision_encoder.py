@@ -6,13 +6,12 @@ import torch
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.data.batch import RossMicrobatch, image_token_positions
 from megatron_ross.data.collate import image_share
 from megatron_ross.models.projector import build_projector
-from megatron_ross.models.vision import VisionTower
+from megatron_ross.models.vision import empty_tower
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.parallel.shares import gather_shares
 from megatron_ross.platform import current_device
@@ -41,8 +40,7 @@ class VisionEncoder(nn.Module):
         self.allow_tf32 = tower_dtype == "tf32"
         self.num_image_tokens = model.vision.num_image_tokens
         device = current_device()
-        with no_init_weights():  # they come from a checkpoint; random ones cost ten seconds per rank
-            self.vision_tower = VisionTower(model.vision).to(device=device, dtype=self.tower_dtype)
+        self.vision_tower = empty_tower(model.vision).to(device=device, dtype=self.tower_dtype)
         self.projector = build_projector(model.projector, model.vision.hidden_size, model.language.hidden_size)
         self.projector.to(device=device, dtype=config.params_dtype)
 

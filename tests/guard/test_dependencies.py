@@ -14,10 +14,12 @@ DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda130",
+    "pyarrow": "datasets",
 }
 OURS = {"megatron_ross", "ross_kernels"}
-FROM_SOURCE = {"apex"}
-"""Used where it is found. It cannot be declared: the released package of that name is another one."""
+FROM_SOURCE = {"apex", "lmms_eval", "vlmeval"}
+"""Used where they are found. They cannot be declared: the released apex is another package, lmms-eval declares more
+than a host without CUDA can install (tools/setup_venv.sh), and vlmeval is not released."""
 LOWEST = ROOT / "tests" / "lowest-requirements.txt"
 
 

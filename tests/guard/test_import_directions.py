@@ -67,6 +67,10 @@ HEAVY = {
     "ross_kernels": ["megatron_ross/ops.py", "kernels/*", "tools/*"],
     "skimage": ["megatron_ross/evaluation/*", "examples/*"],
     "wandb": ["megatron_ross/training/*"],
+    "lmms_eval": ["megatron_ross/evaluation/lmms_eval/*"],
+    "vlmeval": ["megatron_ross/evaluation/vlmevalkit/*"],
+    "accelerate": ["megatron_ross/evaluation/lmms_eval/*"],
+    "datasets": [],
 }
 # Data stays free of the engine: loaders run in worker processes that must start fast.
 NO_ENGINE = ["megatron_ross/data/*", "kernels/*"]

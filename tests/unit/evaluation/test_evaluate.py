@@ -1,186 +1,133 @@
-"""tools/evaluate.py and its scoring: hand-computed figures, published wording, broken data."""
+"""tools/evaluate.py with its built-in tasks: answers, scores and tables; what cannot work is said on one line."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from PIL import Image
 
-from megatron_ross.evaluation import mmvp, pope
+from megatron_ross.evaluation.builtin import mmvp, pope
+from megatron_ross.evaluation.main import main
 from tests.helpers import golden
+from tests.helpers.evaluation_data import MMVP_ROWS, write_mmvp, write_pope
+from tests.helpers.variants import make_variant, without_denoiser
 
-ROOT = Path(__file__).resolve().parents[3]
-HEADER = "lndex,Question,Options,Correct Answer"
-ROWS = [
-    '1,"Are the wings open?","(a) Open (b) Closed",(a)',
-    '2,"Are the wings open?","(a) Open (b) Closed",(b)',
-    '3,"One or two, roughly?","(a) One (b) Two",(b)',
-    '4,"One or two, roughly?","(a) One (b) Two",(a)',
-]
+CHECKPOINT = str(golden.checkpoint_dir("qwen2_siglip"))
+IMAGES = str(golden.GOLDEN / "preprocess" / "images")
 
 
-def write_mmvp(folder: Path, rows: list[str]) -> Path:
-    (folder / "MMVP Images").mkdir(parents=True)
-    for i, _ in enumerate(rows, 1):
-        Image.new("RGB", (40, 30), (60 * i % 256, 10, 10)).save(folder / "MMVP Images" / f"{i}.jpg")
-    (folder / "Questions.csv").write_text("\n".join([HEADER, *rows]) + "\n")
-    return folder
+def run(tasks: str, output: Path, *extra: str, checkpoint: str = CHECKPOINT) -> int:
+    where = ["--checkpoint", checkpoint, "--tasks", tasks, "--output", str(output), "--device", "cpu"]
+    return main([*where, *extra])
 
 
-def write_pope(folder: Path) -> tuple[Path, Path]:
-    folder.mkdir()
-    Image.new("RGB", (40, 30), (200, 10, 10)).save(folder / "a.jpg")
-    lines = [{"image": "a.jpg", "text": f"Is there a {x}?", "label": y} for x, y in (("cat", "yes"), ("dog", "no"))]
-    (folder / "pope.json").write_text("\n".join(map(json.dumps, lines)))
-    return folder / "pope.json", folder
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, which must be the message."""
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
 
 
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
+def test_built_in_tasks_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, images = write_pope(tmp_path / "pope")
+    data = ["--mmvp-data", str(write_mmvp(tmp_path / "mmvp", MMVP_ROWS)), "--pope-data", str(file)]
+    steps = ["--reconstruction-images", IMAGES, "--reconstruction-steps", "2"]
+    output = tmp_path / "results"
+    tasks = "mmvp, pope, reconstruction"
+    extra = [*data, "--pope-images", str(images), *steps, "--limit", "2", "--framework", "builtin"]
+    assert run(tasks, output, *extra) == 0
+    summary = json.loads((output / "results.json").read_text())
+    found = {entry["benchmark"]: entry for entry in summary["results"]}
+    rows = {
+        name: [json.loads(line) for line in (output / "samples" / "builtin" / f"{name}.jsonl").read_text().splitlines()]
+        for name in found
+    }
+    assert {name: len(lines) for name, lines in rows.items()} == {"mmvp": 2, "pope": 2, "reconstruction": 2}
+    assert found["mmvp"]["scores"] == mmvp.mmvp_scores([row["correct"] for row in rows["mmvp"]])
+    assert found["mmvp"]["percent"] == found["mmvp"]["scores"]["pair_accuracy"]
+    expected = pope.yes_no_scores([r["said_yes"] for r in rows["pope"]], [r["label"] for r in rows["pope"]])
+    assert found["pope"]["scores"] == expected
+    assert 0 < found["reconstruction"]["percent"] < 100
+    table = (output / "results.md").read_text()
+    assert "| MMVP | builtin | pair_accuracy |" in table
+    assert "| POPE | builtin * | accuracy |" in table
+    assert "Only the first 2 questions" in table
+    assert "pair_accuracy" in capsys.readouterr().out
+
+
+def test_sampling_is_the_published_preset_and_repeatable(tmp_path: Path) -> None:
+    data = str(write_mmvp(tmp_path / "mmvp", MMVP_ROWS))
+    answers = []
+    for name, extra in (
+        ("greedy", []),
+        ("a", ["--preset", "published", "--dtype", "fp32"]),
+        ("b", ["--decoding", "published"]),
+        ("c", ["--decoding", "published", "--seed", "1"]),
+    ):
+        assert run("mmvp", tmp_path / name, "--mmvp-data", data, *extra) == 0
+        lines = (tmp_path / name / "samples" / "builtin" / "mmvp.jsonl").read_text().splitlines()
+        answers.append([json.loads(line)["answer"] for line in lines])
+    greedy, preset, asked, other_seed = answers
+    assert greedy != preset == asked != other_seed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mmvpp"], "task 'mmvpp' is unknown: did you mean mmvp?"),
+        ([","], "--tasks names no task"),
+        (["gqa", "--framework", "builtin"], "gqa is not in builtin; --framework can be lmms-eval or vlmevalkit"),
+        (["mmvp"], "the built-in mmvp needs --mmvp-data"),
+        (["pope", "--framework", "builtin", "--pope-data", "x"], "the built-in pope needs --pope-images"),
+        (["mmvp", "--mmvp-data", "no"], "Questions.csv is missing: --mmvp-data must name"),
+        (["mmvp", "--mmvp-data", "no", "--batch-size", "0"], "batch-size is 0"),
+        (["mmvp", "--mmvp-data", "no", "--limit", "0"], "limit is 0"),
+        (["pope", "--limit", "3"], "VLMEvalKit"),
+    ],
+)
+def test_what_cannot_work_ends_with_status_1(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks, *extra = arguments
+    assert run(tasks, tmp_path / "results", *extra) == 1
+    assert message in error(capsys)
+    assert not (tmp_path / "results").exists()
+
+
+def test_frameworks_that_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n in ("lmms_eval", "vlmeval") else find(n, *a)
+    )
+    assert run("gqa", tmp_path / "results") == 1
+    assert "lmms-eval is not installed: pip install" in error(capsys)
+    assert run("seed", tmp_path / "results") == 1
+    assert "VLMEvalKit is not installed: git clone" in error(capsys)
+
+
+def test_built_in_tasks_refuse_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("mmvp", tmp_path / "results", "--mmvp-data", "no") == 1
+    assert "leave out torchrun" in error(capsys)
+
+
+def test_a_checkpoint_without_denoiser_cannot_reconstruct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = make_variant(tmp_path, "llama_clip", without_denoiser)
+    extra = ["--reconstruction-images", IMAGES]
+    assert run("reconstruction", tmp_path / "results", *extra, checkpoint=str(stored.composite)) == 1
+    assert "the checkpoint has no denoiser" in error(capsys)
+
+
+def test_the_tool_starts_it(repository: Path) -> None:
+    spec = importlib.util.spec_from_file_location("evaluate_tool", repository / "tools" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-def test_mmvp_questions_and_published_wording(tmp_path: Path) -> None:
-    questions = mmvp.read_mmvp(write_mmvp(tmp_path / "mmvp", ROWS))
-    assert [q.label for q in questions] == ["a", "b", "b", "a"]
-    assert questions[2].prompt() == (
-        "One or two, roughly? Options:\nA. One\nB. Two\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-
-
-def test_mmvp_corrected_labels_swap_two_pairs(tmp_path: Path) -> None:
-    rows = [f'{i},"Q?","(a) x (b) y",({"ab"[i % 2]})' for i in range(1, 301)]
-    folder = write_mmvp(tmp_path / "mmvp", rows)
-    published, corrected = mmvp.read_mmvp(folder), mmvp.read_mmvp(folder, corrected_labels=True)
-    changed = [p.index for p, c in zip(published, corrected, strict=True) if p.label != c.label]
-    assert changed == [99, 100, 279, 280]
-
-
-@pytest.mark.parametrize(
-    ("answer", "strict", "lenient"),
-    [
-        ("A", True, True),
-        ("(a)", True, True),
-        ("a.", True, True),
-        ("Open", True, False),
-        ("A. Open", False, True),
-        ("The answer is A.", True, True),
-        ("Answer: (A)", True, True),
-        ("B", False, False),
-        ("", False, False),
-    ],
-)
-def test_mmvp_scoring_of_an_answer(answer: str, strict: bool, lenient: bool) -> None:
-    question = mmvp.MmvpQuestion(1, "Are the wings open?", ("Open", "Closed"), "a", Path())
-    assert mmvp.is_correct(answer, question) is strict
-    if answer != "Open":  # has no letter, so the strict rule decides
-        assert mmvp.is_correct(answer, question, lenient=True) is lenient
-
-
-def test_mmvp_pairs_by_hand() -> None:
-    assert mmvp.mmvp_scores([True, True, True, False, False, False]) == {
-        "accuracy": pytest.approx(50.0),
-        "pair_accuracy": pytest.approx(100 / 3),
-    }
-
-
-def test_yes_no_scores_by_hand() -> None:
-    """True yes 2, false yes 1, false no 2, true no 3."""
-    labels = [True, True, False, True, True, False, False, False]
-    said = [True, True, True, False, False, False, False, False]
-    scores = pope.yes_no_scores(said, labels)
-    assert scores["accuracy"] == pytest.approx(62.5)
-    assert scores["precision"] == pytest.approx(200 / 3)
-    assert scores["recall"] == pytest.approx(50.0)
-    assert scores["f1"] == pytest.approx(400 / 7)
-    assert scores["yes_ratio"] == pytest.approx(37.5)
-    assert pope.yes_no_scores([False], [False]) == {
-        "accuracy": 100.0,
-        "precision": 0.0,
-        "recall": 0.0,
-        "f1": 0.0,
-        "yes_ratio": 0.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("answer", "yes"),
-    [
-        ("Yes", True),
-        ("No", False),
-        ("no, there is none.", False),
-        ("There is not a cat", False),
-        ("A cat. No dog", True),
-    ],
-)
-def test_reading_of_yes_and_no(answer: str, yes: bool) -> None:
-    assert pope.says_yes(answer) is yes
-
-
-@pytest.mark.parametrize("task", ["mmvp", "pope"])
-def test_the_tool_writes_answers_and_scores(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if task == "mmvp":
-        data = ["--data", str(write_mmvp(tmp_path / "mmvp", ROWS))]
-    else:
-        file, images = write_pope(tmp_path / "pope")
-        data = ["--data", str(file), "--images", str(images)]
-    checkpoint = str(golden.checkpoint_dir("qwen2_siglip"))
-    output = tmp_path / "results"
-    command = ["--checkpoint", checkpoint, "--task", task, *data, "--output", str(output), "--device", "cpu"]
-    assert tool().main(command) == 0
-    rows = [json.loads(line) for line in (output / f"{task}.jsonl").read_text().splitlines()]
-    summary = json.loads((output / f"{task}.json").read_text())
-    assert summary["questions"] == len(rows) == (4 if task == "mmvp" else 2)
-    if task == "mmvp":
-        assert summary["scores"] == mmvp.mmvp_scores([row["correct"] for row in rows])
-    else:
-        assert summary["scores"] == pope.yes_no_scores([r["said_yes"] for r in rows], [r["label"] for r in rows])
-    assert "| metric | percent |" in (output / f"{task}.md").read_text()
-    assert "accuracy" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (ROWS[:3], "3 questions are no pairs"),
-        ([ROWS[0], ROWS[0]], "without a gap"),
-        ([ROWS[0], '2,"Q?","open or closed",(a)'], "row 3"),
-        ([ROWS[0], ROWS[1].replace("(b)", "(c)")], "row 3"),
-    ],
-)
-def test_broken_mmvp_is_named(rows: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        mmvp.read_mmvp(write_mmvp(tmp_path / "mmvp", rows))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"image": "a.jpg", "text": "Is it?", "label": "maybe"}', "line 1: the label"),
-        ('{"image": "a.jpg", "label": "yes"}', "line 1: 'text', 'label' and 'image'"),
-        ("[1]", "line 1"),
-        ('{"image": "../a.jpg", "text": "Is it?", "label": "yes"}', "outside the image root"),
-        ('{"image": "b.jpg", "text": "Is it?", "label": "yes"}', "b.jpg is missing"),
-    ],
-)
-def test_broken_pope_is_named(line: str, message: str, tmp_path: Path) -> None:
-    file, images = write_pope(tmp_path / "pope")
-    file.write_text(line)
-    with pytest.raises(ValueError, match=message):
-        pope.read_yes_no(file, images)
-
-
-def test_missing_data_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--checkpoint", "nowhere", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "results")]
-    assert tool().main([*command, "--task", "mmvp"]) == 1
-    assert "Questions.csv is missing" in capsys.readouterr().err
-    assert tool().main([*command, "--task", "pope"]) == 1
-    assert "--images" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+    assert module.main is main
+    assert sys.exit is module.sys.exit

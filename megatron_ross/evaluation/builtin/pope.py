@@ -34,7 +34,7 @@ def read_yes_no(file: Path, image_folder: Path) -> list[YesNoQuestion]:
         ValueError: a line cannot be understood, or its image is missing or lies outside the folder.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is missing: --data must name a file with one JSON object per line")
+        raise ValueError(f"{file} is missing: --pope-data must name a file with one JSON object per line")
     lines = [(n, line) for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{file} holds no question")

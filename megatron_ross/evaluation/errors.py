@@ -1,0 +1,67 @@
+"""Failures of evaluation frameworks as one line that names what to do."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOG_FILE = "error.log"
+_NO_DATA = (
+    "ConnectionError",
+    "DataFilesNotFoundError",
+    "DatasetNotFoundError",
+    "FileNotFoundError",
+    "GatedRepoError",
+    "LocalEntryNotFoundError",
+    "LocalTokenNotFoundError",
+    "OfflineModeIsEnabled",
+    "RepositoryNotFoundError",
+)
+"""Names of the errors that say that a data set could not be had; their classes live in packages not always there."""
+
+
+class FrameworkError(ValueError):
+    """A framework failed, or has no result."""
+
+
+@contextmanager
+def framework_errors(framework: str, tasks: str, output: Path) -> Iterator[None]:
+    """Turn whatever a framework raises, or its attempt to exit, into a FrameworkError; the traceback goes to LOG_FILE.
+
+    Args:
+        framework: its name, for messages.
+        tasks: what it was asked to run, for messages.
+        output: folder for LOG_FILE.
+
+    Raises:
+        FrameworkError: the block failed.
+    """
+    try:
+        yield
+    except FrameworkError:
+        raise
+    except (Exception, SystemExit) as error:
+        cause = _first_cause(error)
+        output.mkdir(parents=True, exist_ok=True)
+        log = output / LOG_FILE
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        if {base.__name__ for base in type(cause).__mro__} & set(_NO_DATA):
+            raise FrameworkError(
+                f"the data of {tasks} for {framework} is missing ({reason}): run once with network access (docs/"
+                f"evaluation.md says what is downloaded), log in to the hub if it asks for a token, or set HF_HOME to "
+                f"where the data is; traceback in {log}"
+            ) from error
+        raise FrameworkError(
+            f"{framework} failed in {tasks} ({reason}): the traceback in {log} says where; leave the task out, or mend "
+            "its cause and run again"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Behind tenacity's RetryError is the error of the last attempt."""
+    attempt = getattr(error, "last_attempt", None)
+    inner = attempt.exception() if attempt is not None else None
+    return _first_cause(inner) if inner is not None else error

@@ -1,0 +1,93 @@
+"""From whatever names a checkpoint to a folder that can be loaded: training checkpoints are exported once.
+
+RUN/checkpoints/iter_0002000        a training checkpoint
+RUN/checkpoints-exports/iter_0002000-ross   its export, used again as long as the checkpoint is the same
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MANIFEST_NAME, resolve_checkpoint
+from megatron_ross.convert.cli import export_checkpoint
+from megatron_ross.huggingface.chat_templates import chat_template
+from megatron_ross.huggingface.hub import local_folder
+
+ExportedFormat = Literal["ross", "llava"]
+WAIT_SECONDS = 3600.0
+"""How long the other ranks wait for the first one's export."""
+
+MARK = "exported_from.json"
+"""In an export: the SHA-256 of the manifest it was made from."""
+
+
+def exported_folder(
+    checkpoint: str, format: ExportedFormat = "ross", *, rank: int = 0, wait_seconds: float = WAIT_SECONDS
+) -> Path:
+    """Folder with a Hugging Face checkpoint.
+
+    Args:
+        checkpoint: run folder, Megatron checkpoint (root or one iteration), exported folder, or hub id.
+        format: of a new export.
+        rank: rank 0 exports, the others wait until it has. They look at the file system, because a framework may want
+            to make the process groups itself.
+        wait_seconds: how long.
+
+    Raises:
+        ValueError: it is none of these, its export's place is taken by something else, or the export does not come.
+        OSError: writing failed.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return local_folder(checkpoint)
+    root = path / CHECKPOINTS_NAME if (path / CHECKPOINTS_NAME).is_dir() else path
+    if not any((root / name).is_file() for name in (MANIFEST_NAME, LATEST_NAME)):
+        raise ValueError(
+            f"{path} is no run folder with {CHECKPOINTS_NAME}/, no Megatron checkpoint and no exported folder with "
+            "config.json: name one of these with --checkpoint"
+        )
+    return _export(resolve_checkpoint(root), format, rank, wait_seconds)
+
+
+def _export(iteration: Path, format: ExportedFormat, rank: int, wait_seconds: float) -> Path:
+    """The export of one iteration, made if there is none or an old one."""
+    iteration = iteration.resolve()
+    root = iteration.parent
+    output = root.parent / f"{root.name}-exports" / f"{iteration.name}-{format}"
+    digest = hashlib.sha256((iteration / MANIFEST_NAME).read_bytes()).hexdigest()
+    mark = output / MARK
+    if rank:
+        _wait(mark, digest, wait_seconds)
+        return output
+    if _is_current(mark, digest):
+        return output
+    if mark.is_file():
+        shutil.rmtree(output)  # of an earlier checkpoint with the same number
+    elif output.exists():
+        raise ValueError(f"{output} was not made by evaluation, or not completed: remove it")
+    export_checkpoint(iteration, output, format, templates=chat_template)
+    mark.write_text(json.dumps({"manifest": digest}) + "\n")
+    return output
+
+
+def _is_current(mark: Path, digest: str) -> bool:
+    try:
+        return bool(json.loads(mark.read_text()).get("manifest") == digest)
+    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+        return False
+
+
+def _wait(mark: Path, digest: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not _is_current(mark, digest):
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{mark.parent} did not appear within {seconds:.0f} s: the ranks must share this file system; or "
+                "export first with tools/convert_megatron_to_hf.py"
+            )
+        time.sleep(0.5)

@@ -1,0 +1,1 @@
+"""Exported checkpoints in lmms-eval, as the model `megatron_ross`."""

@@ -1,0 +1,182 @@
+"""`tools/evaluate.py`: from a checkpoint and names of tasks to a table of scores."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from megatron_ross.evaluation import results as results_module
+from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
+from megatron_ross.evaluation.builtin import run as builtin
+from megatron_ross.evaluation.builtin.pope import PROMPTS
+from megatron_ross.evaluation.chat_model import ChatModel
+from megatron_ross.evaluation.exports import exported_folder
+from megatron_ross.evaluation.lmms_eval import run as lmms
+from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS, preset
+from megatron_ross.evaluation.vlmevalkit import run as vlmevalkit
+from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py
+
+_RECORDED_PACKAGES = ("megatron-ross", "torch", "transformers", "lmms_eval", "vlmeval")
+
+
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """The command line."""
+    parser = ArgumentParser(description="Evaluate a checkpoint on benchmarks.")
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="run folder, Megatron checkpoint, exported folder or hub id")
+    add("--tasks", type=str, required=True, help=f"comma-separated: {', '.join(benchmarks())}; or a framework's own")
+    add("--framework", choices=FRAMEWORKS, default=None, help="default: the one of the published figures")
+    add("--preset", choices=tuple(PRESETS), default="default", help="how questions are put; see docs/evaluation.md")
+    add("--output", type=Path, default=Path("results"), help="folder for results.json, results.md and the answers")
+    add("--export-format", choices=("ross", "llava"), default="ross", help="of training checkpoints")
+    add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
+    add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
+    add("--template", type=str | None, default=None, help="qwen_2, v1, llava_v1, llama3 or plain")
+    add("--device", type=str | None, default=None, help="default: the GPU if there is one")
+    add("--dtype", type=str | None, default=None, help="auto, bf16, fp16 or fp32; default: the preset's")
+    add("--seed", type=int, default=42, help="of sampling, in built-in tasks")
+    add("--mmvp-data", type=Path | None, default=None, help="built-in mmvp: the data set's folder")
+    add("--decoding", choices=tuple(builtin.MMVP_DECODING), default=None, help="built-in mmvp; default: the preset's")
+    add("--corrected-labels", type=bool, default=False, help="built-in mmvp: mend four published labels")
+    add("--lenient", type=bool, default=False, help="built-in mmvp: accept a letter anywhere in the answer")
+    add("--pope-data", type=Path | None, default=None, help="built-in pope: a file of JSON lines")
+    add("--pope-images", type=Path | None, default=None, help="built-in pope: the folder of its pictures")
+    add("--pope-prompt", choices=tuple(PROMPTS), default="short", help="built-in pope: wording")
+    add("--reconstruction-images", type=Path | None, default=None, help="reconstruction: folder of pictures")
+    add("--reconstruction-steps", type=str, default="250", help="reconstruction: sampling steps")
+    add("--include-path", type=Path | None, default=None, help="lmms-eval: folder with more task definitions")
+    add(
+        "--lmms-interface",
+        choices=("simple", "chat"),
+        default="simple",
+        help="lmms-eval: chat scores no candidates",
+    )
+    add("--vlmevalkit", type=Path | None, default=None, help="VLMEvalKit's source folder, if it cannot be found")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 after a one-line error."""
+    args = parse(arguments)
+    try:
+        found = evaluate(args)
+    except (ValueError, OSError) as error:
+        # A framework's progress bar may have left the cursor in the middle of a line.
+        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    for entry in found:
+        shown = entry.scores if entry.percent is None else {entry.metric: entry.percent}
+        print(f"{entry.benchmark} ({entry.framework}): " + "  ".join(f"{n} {v:.1f}" for n, v in shown.items()))
+    if found:
+        print(args.output / results_module.RESULTS_MD)
+    return 0
+
+
+def evaluate(args: Namespace) -> list[results_module.Result]:
+    """Run everything; results on the first rank only.
+
+    Raises:
+        ValueError: bad input, or a framework failed.
+    """
+    jobs = [job(name.strip(), args.framework) for name in args.tasks.split(",") if name.strip()]
+    if not jobs:
+        raise ValueError("--tasks names no task; known are " + ", ".join(benchmarks()))
+    check(args, jobs)
+    folder = exported_folder(args.checkpoint, args.export_format, rank=_rank())
+    scores: dict[str, dict[str, float]] = {}
+    for framework, run in _RUNNERS.items():
+        names = [j for j in jobs if j.framework == framework]
+        if names:
+            scores |= run(args, str(folder), names)
+            gc.collect()  # the model of one framework goes before the next comes
+    if _rank():
+        return []
+    found = [results_module.result(j, scores[j.benchmark.name]) for j in jobs]
+    results_module.write_results(args.output, _settings(args, folder), found)
+    return found
+
+
+def check(args: Namespace, jobs: Sequence[Job]) -> None:
+    """Refuse, before anything is exported or loaded, what cannot work. Raises ValueError."""
+    wanted = {j.framework for j in jobs}
+    if "lmms-eval" in wanted:
+        lmms.check_installed()
+    if "vlmevalkit" in wanted:
+        find_run_py(args.vlmevalkit)
+        if args.limit is not None:
+            raise ValueError("VLMEvalKit asks all questions: leave out --limit, or choose --framework lmms-eval")
+    for j in jobs:
+        if j.framework == "builtin":
+            builtin.check_options(j.task.task, _builtin_options(args))
+    if "builtin" in wanted and _world_size() > 1:
+        raise ValueError("built-in tasks run in one process: leave out torchrun, or choose --framework lmms-eval")
+
+
+def _run_builtin(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    model = ChatModel.load(folder, preset(args.preset, "builtin"), **_loading(args))
+    scores = {}
+    for j in jobs:
+        found = builtin.run_task(j.task.task, model, _builtin_options(args), args.output)
+        results_module.write_rows(args.output / "samples" / "builtin" / f"{j.task.task}.jsonl", found.rows)
+        scores[j.benchmark.name] = found.scores
+    return scores
+
+
+def _run_lmms(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    model = {"pretrained": folder, "settings": args.preset, "batch_size": args.batch_size, **_loading(args)}
+    ocr = preset(args.preset, "lmms-eval").ocr_tokens
+    found = lmms.run_tasks(
+        model,
+        [j.task.task for j in jobs],
+        args.output,
+        overrides=lmms.OCR_TOKENS if ocr else None,
+        limit=args.limit,
+        include_path=args.include_path,
+        interface=args.lmms_interface,
+    )
+    return {j.benchmark.name: found.get(j.task.task, {}) for j in jobs}
+
+
+def _run_vlmevalkit(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    model = {"model_path": folder, "settings": args.preset, **_loading(args)}
+    found = vlmevalkit.run_tasks(model, [j.task.task for j in jobs], args.output, source=args.vlmevalkit)
+    return {j.benchmark.name: found.get(j.task.task, {}) for j in jobs}
+
+
+_RUNNERS = {"builtin": _run_builtin, "lmms-eval": _run_lmms, "vlmevalkit": _run_vlmevalkit}
+
+
+def _loading(args: Namespace) -> dict[str, Any]:
+    return {"device": args.device, "dtype": args.dtype, "template": args.template}
+
+
+def _builtin_options(args: Namespace) -> builtin.BuiltinOptions:
+    return builtin.BuiltinOptions(**{field.name: getattr(args, field.name) for field in fields(builtin.BuiltinOptions)})
+
+
+def _settings(args: Namespace, folder: Path) -> dict[str, Any]:
+    """Command line, export, and versions of what took part."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {**given, "export": str(folder), "versions": versions}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""Exported checkpoints in VLMEvalKit, registered in memory."""

@@ -1,0 +1,81 @@
+"""Run VLMEvalKit's data sets on an exported checkpoint and read the scores that it leaves in files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ross.evaluation.errors import FrameworkError, framework_errors
+from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py, launch, register
+
+NAME = "vlmevalkit"
+MODEL_NAME = "megatron_ross"
+RESULT_FILES = ("_acc.csv", "_score.csv", "_score.json")
+JUDGE = "exact_matching"  # as published: no API is called
+
+
+def run_tasks(
+    model: dict[str, Any], datasets: Sequence[str], output: Path, *, source: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Scores by data set and metric; empty on all ranks but the first.
+
+    Args:
+        model: arguments of `VlmEvalKitAdapter`.
+        datasets: VLMEvalKit's names.
+        output: folder for its files.
+        source: see `find_run_py`.
+
+    Raises:
+        ValueError: VLMEvalKit is missing; FrameworkError: it failed, or left no score of a data set.
+    """
+    run_py = find_run_py(source)
+    names = ", ".join(datasets)
+    work = output / NAME
+    with framework_errors(NAME, names, output):
+        register(MODEL_NAME, model)
+        arguments = ["--data", *datasets, "--model", MODEL_NAME, "--judge", JUDGE, "--work-dir", str(work.resolve())]
+        launch(run_py, arguments)
+    if int(os.environ.get("RANK", "0")):
+        return {}
+    scores = {dataset: read_scores(work, dataset) for dataset in datasets}
+    missing = [dataset for dataset, values in scores.items() if not values]
+    if missing:  # run.py ends with status 0 all the same
+        raise FrameworkError(
+            f"{NAME} left no score of {', '.join(missing)} in {work}: its messages above say why (an unknown data set, "
+            "data that cannot be downloaded, or a crash)"
+        )
+    return scores
+
+
+def read_scores(work: Path, dataset: str) -> dict[str, float]:
+    """Scores of the newest result file of a data set: names of its columns or fields -> numbers.
+
+    A table with a column `split` gives "SPLIT.NAME" for every row; of others the first row counts.
+    """
+    found = [file for file in work.rglob(f"{MODEL_NAME}_{dataset}_*") if file.name.endswith(RESULT_FILES)]
+    if not found:
+        return {}
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    with newest.open(encoding="utf-8-sig", newline="") as file:
+        rows = [json.load(file)] if newest.suffix == ".json" else list(csv.DictReader(file))
+    if rows and "split" in rows[0]:
+        return {f"{row['split']}.{name}": value for row in rows for name, value in _numbers(row).items()}
+    return _numbers(rows[0]) if rows else {}
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The cells that are numbers."""
+    numbers = {}
+    for name, value in row.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if not math.isnan(number):
+            numbers[name] = number
+    return numbers

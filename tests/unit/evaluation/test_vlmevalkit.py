@@ -1,0 +1,200 @@
+"""The VLMEvalKit adapter and launcher with a stand-in for `vlmeval`; tests/evaluation has the real one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ross.evaluation.chat_model import ChatModel
+from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.main import main
+from megatron_ross.evaluation.presets import preset
+from megatron_ross.evaluation.prompts import user_turn
+from megatron_ross.evaluation.vlmevalkit import adapter
+from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py, register
+from megatron_ross.evaluation.vlmevalkit.run import read_scores
+from tests.helpers import golden
+
+PICTURE = golden.GOLDEN / "preprocess" / "images" / "landscape.png"
+CHECKPOINT = str(golden.checkpoint_dir("llama_clip"))
+
+# A VLMEvalKit of three files. Its run.py swallows errors and ends with status 0, as the real one does.
+FAKE = {
+    "vlmeval/__init__.py": "",
+    "vlmeval/config.py": "supported_VLM = {}\n",
+    "vlmeval/dataset/__init__.py": """
+KINDS = {"AI2D_TEST": "MCQ", "HallusionBench": "Y/N", "POPE": "Y/N", "OCRBench": "VQA"}
+def DATASET_TYPE(dataset, default="MCQ"):
+    return KINDS.get(dataset, default)
+""",
+    "vlmeval/vlm/__init__.py": "",
+    "vlmeval/vlm/base.py": """
+class BaseModel:
+    def __init__(self):
+        self.dump_image_func = None
+    def dump_image(self, line, dataset):
+        return self.dump_image_func(line)
+""",
+    "run.py": """
+import argparse, json, pathlib
+from vlmeval.config import supported_VLM
+parser = argparse.ArgumentParser()
+parser.add_argument("--data", nargs="+")
+parser.add_argument("--model", nargs="+")
+parser.add_argument("--judge")
+parser.add_argument("--work-dir")
+args = parser.parse_args()
+assert args.judge == "exact_matching"
+model = supported_VLM[args.model[0]]()
+model.dump_image_func = lambda line: [line["image"]]
+for name in args.data:
+    try:
+        folder = pathlib.Path(args.work_dir) / args.model[0] / "T1"
+        folder.mkdir(parents=True, exist_ok=True)
+        line = {"image": PICTURE, "question": "Is it?", "A": "yes", "B": "no"}
+        if model.use_custom_prompt(name):
+            message = model.build_prompt(line, name)
+        else:
+            message = [{"type": "image", "value": PICTURE}, {"type": "text", "value": "Is it?"}]
+        answer = model.generate_inner(message, dataset=name)
+        (folder / f"{args.model[0]}_{name}.json").write_text(json.dumps([message, answer]))
+        if name == "POPE":
+            raise KeyError("category")
+        (folder / f"{args.model[0]}_{name}_acc.csv").write_text('"split","Overall"\\n"none","0.25"\\n')
+    except Exception as error:
+        print("failed:", error)
+""",
+}
+
+
+@pytest.fixture
+def vlmeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Source folder of the stand-in, which can be imported."""
+    for name, text in FAKE.items():
+        path = tmp_path / "VLMEvalKit" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("PICTURE", repr(str(PICTURE))))
+    monkeypatch.syspath_prepend(tmp_path / "VLMEvalKit")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "vlmeval"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    yield tmp_path / "VLMEvalKit"
+    for name in [n for n in sys.modules if n.partition(".")[0] == "vlmeval"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def model() -> Any:
+    """The adapter without VLMEvalKit's base."""
+    return adapter.VlmEvalKitAdapter(CHECKPOINT, device="cpu", dtype="fp32", settings="published")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (
+            {"question": "Which?", "A": "x", "B": "y", "C": NAN, "hint": NAN},
+            "Which?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly.",
+        ),
+        (
+            {"question": "Which?", "A": "x", "hint": "Look."},
+            "Look.\nWhich?\nA. x\nAnswer with the option's letter from the given choices directly.",
+        ),
+        ({"question": "Which?", "A": None}, "Which?\nAnswer the question directly."),
+        ({"question": "哪个?", "A": "x"}, "哪个?\nA. x\n请直接回答选项字母。"),
+        ({"question": "哪个?"}, "哪个?\n请直接回答问题。"),
+    ],
+)
+def test_published_wording_of_choices(line: dict[str, Any], text: str) -> None:
+    assert adapter.multiple_choice_text(line) == text
+
+
+def test_which_prompts_are_ours(vlmeval: Path, model: Any) -> None:
+    ours = {
+        name: model.use_custom_prompt(name) for name in ("AI2D_TEST", "HallusionBench", "POPE", "OCRBench", "Other")
+    }
+    assert ours == {"AI2D_TEST": True, "HallusionBench": True, "POPE": False, "OCRBench": False, "Other": False}
+    model.dump_image = lambda line, dataset: "a.png"
+    assert model.build_prompt({"question": "Is it?"}, "HallusionBench") == [
+        {"type": "image", "value": "a.png"},
+        {"type": "text", "value": "Is it?\nAnswer the question using a single word or phrase."},
+    ]
+    with pytest.raises(ValueError, match="POPE has a prompt of its own"):
+        model.build_prompt({"question": "Is it?"}, "POPE")
+
+
+def test_answers_are_the_chat_models(model: Any) -> None:
+    """Same text, picture padded to a square, up to 512 tokens."""
+    asked: list[Any] = []
+    model.chat.answer = lambda conversations, decoding: asked.append((conversations, decoding)) or ["yes"]
+    message = [{"type": "image", "value": str(PICTURE)}, {"type": "text", "value": "What?"}]
+    assert model.generate_inner(message, "POPE") == "yes"
+    (([turn],), decoding) = asked[0]
+    assert decoding == Decoding(max_new_tokens=512)
+    assert turn.parts[0].tobytes() == open_image(PICTURE).tobytes()
+    assert turn.parts[1] == "What?"
+
+
+def test_registration_is_in_memory(vlmeval: Path) -> None:
+    joined = register("name", {"model_path": CHECKPOINT, "device": "cpu"})
+    config, vlm = importlib.import_module("vlmeval.config"), importlib.import_module("vlmeval.vlm")
+    assert vlm.MegatronRoss is joined
+    assert issubclass(joined, importlib.import_module("vlmeval.vlm.base").BaseModel)
+    built = config.supported_VLM["name"]()
+    assert built.dump_image_func is None
+    assert isinstance(built.chat, ChatModel)
+
+
+def evaluate(tasks: str, output: Path, *extra: str) -> int:
+    words = ["--checkpoint", CHECKPOINT, "--tasks", tasks, "--framework", "vlmevalkit", "--output", str(output)]
+    return main([*words, "--device", "cpu", "--dtype", "fp32", *extra])
+
+
+def test_one_command_and_what_run_py_does_not_say(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DECODING", Decoding(8))
+    argv = list(sys.argv)
+    assert evaluate("ai2d", tmp_path / "results", "--preset", "published") == 0
+    assert sys.argv == argv
+    (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert (entry["task"], entry["percent"], entry["as_published"]) == ("AI2D_TEST", 25.0, True)
+    (answered,) = (tmp_path / "results").rglob("megatron_ross_AI2D_TEST.json")
+    message, answer = json.loads(answered.read_text())
+    chat = ChatModel.load(CHECKPOINT, preset("published", "vlmevalkit"), device="cpu", dtype="fp32")
+    question = [user_turn(message[1]["value"], [open_image(PICTURE)])]
+    assert "curious human" in chat.prompt(question)
+    assert answer == chat.answer([question], Decoding(8))[0]
+    assert "| AI2D | vlmevalkit | none.Overall | 25.0 |" in (tmp_path / "results" / "results.md").read_text()
+
+    assert evaluate("pope", tmp_path / "other") == 1
+    assert "error: vlmevalkit left no score of POPE" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "results.json").exists()
+
+
+def test_run_py_that_is_not_there(vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_run_py() == vlmeval / "run.py"
+    assert evaluate("ai2d", tmp_path / "results", "--vlmevalkit", str(tmp_path)) == 1
+    assert "run.py is missing: --vlmevalkit must name" in capsys.readouterr().err
+
+
+def test_score_files(tmp_path: Path) -> None:
+    (tmp_path / "megatron_ross_MMMU_DEV_VAL_acc.csv").write_text("split,Overall,Art\nvalidation,0.5,0.25\ndev,0.75,\n")
+    (tmp_path / "megatron_ross_OCRBench_score.json").write_text('{"Final Score Norm": 31.5, "note": "x"}')
+    (tmp_path / "megatron_ross_GQA_acc.csv").write_text("Overall,object\n61.5,nan\n")
+    assert read_scores(tmp_path, "MMMU_DEV_VAL") == {
+        "validation.Overall": 0.5,
+        "validation.Art": 0.25,
+        "dev.Overall": 0.75,
+    }
+    assert read_scores(tmp_path, "OCRBench") == {"Final Score Norm": 31.5}
+    assert read_scores(tmp_path, "GQA") == {"Overall": 61.5}
+    assert read_scores(tmp_path, "POPE") == {}
