@@ -10,6 +10,7 @@ import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_ross.evaluation.ablation.results import Result
@@ -35,6 +36,8 @@ def loss_curves(results: Results, path: Path) -> None:
             axis.fill_between(steps, curves.min(0), curves.max(0), color=f"C{number}", alpha=0.2)
         axis.set_title(title)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
         axis.legend()
