@@ -160,3 +160,19 @@ def test_trainable_only_checkpoint_is_small_whole_and_resumes(settings: dict[str
     resumed = run_ranks(curve, 4, flat | {"load": str(tmp_path), "init_from": ""}, 2)[0]
     assert resumed["losses"] == whole["losses"][2:]
     assert all(torch.equal(resumed["parameters"][name], t) for name, t in whole["parameters"].items())
+
+
+def test_stage_2_starts_from_a_trainable_only_checkpoint_of_stage_1(settings: dict[str, Any], tmp_path: Path) -> None:
+    """`init_from` the run of stage 1: its projector and denoiser, all other weights of its base, a new optimizer."""
+    stage1 = settings | STAGE1_TP2PP2 | {"freeze_language_model": True, "lr": 1e-3}
+    stage1 |= {"async_save": True, "save_trainable_only": True, "save": str(tmp_path)}
+    trained = run_ranks(curve, 4, stage1, 2, save=True)[0]["parameters"]
+    # Stage 2 freezes the denoiser's position table, which stage 1 trains; `curve` returns what is trained.
+    stage2 = settings | VPP2 | {"train_denoiser_position_table": True}
+    untrained = run_ranks(curve, 2, stage2, 0)[0]["parameters"]
+    start = run_ranks(curve, 2, stage2 | {"init_from": str(tmp_path)}, 0)[0]
+    assert start["iteration"] == 0
+    assert trained.keys() < start["parameters"].keys() == untrained.keys()
+    for name, got in start["parameters"].items():
+        assert torch.equal(got, trained.get(name, untrained[name])), name
+    assert any(not torch.equal(t, untrained[name]) for name, t in trained.items())
