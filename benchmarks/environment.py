@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_ross.compat import versions
+
 PACKAGES = ("torch", "megatron-core", "transformers", "diffusers", "triton", "transformer-engine")
 
 
@@ -21,7 +22,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit(),
     }
@@ -32,16 +33,6 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str:

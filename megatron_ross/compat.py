@@ -7,18 +7,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "diffusers",
-    "triton",
-    "transformer-engine",
-    "nvidia-dali-cuda130",
-)
 FLASH_ATTENTION = ("flash-attn", "flash-attn-3", "flash_attn_3", "flash-attn-4")
 
 
@@ -94,6 +85,6 @@ def version(distribution: str) -> str:
         return ""
 
 
-def versions() -> dict[str, str]:
-    """Versions that a checkpoint or benchmark should carry."""
-    return {name: found for name in PACKAGES if (found := version(name))}
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are installed, in the given order."""
+    return {name: found for name in distributions if (found := version(name))}

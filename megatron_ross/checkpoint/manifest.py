@@ -12,10 +12,10 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.compat import versions
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.model_limits import check_model
@@ -133,13 +133,7 @@ def _is_source(source: Source) -> bool:
 
 def library_versions() -> dict[str, str]:
     """Versions of the packages that determine a checkpoint's format; packages that are not installed are left out."""
-    versions = {}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return versions(_RECORDED_PACKAGES)
 
 
 def iteration_dir(root: Path, iteration: int) -> Path:

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from megatron_ross.compat import versions
 from megatron_ross.evaluation import results as results_module
 from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
 from megatron_ross.evaluation.builtin import run as builtin
@@ -164,14 +164,8 @@ def _builtin_options(args: Namespace) -> builtin.BuiltinOptions:
 
 def _settings(args: Namespace, folder: Path) -> dict[str, Any]:
     """Command line, export, and versions of what took part."""
-    versions = {}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {**given, "export": str(folder), "versions": versions}
+    return {**given, "export": str(folder), "versions": versions(_RECORDED_PACKAGES)}
 
 
 def _rank() -> int:
