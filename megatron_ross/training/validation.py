@@ -57,6 +57,8 @@ class Validation:
         self._chunks, self._groups = chunks, groups
         self._loader, self._breakdown, self._beat = loader, breakdown, beat
         self._num_samples = order.num_real_samples
+        # The breakdown takes unscaled losses; a weight of zero says that the reconstruction is not worth its time.
+        self._scales = LossScales(lm=1.0, recon=run.loss.recon_loss_weight)
         self._num_batches = order.num_sequences // run.data.global_batch_size
 
     def run(self, should_stop: Callable[[], bool]) -> ValidationResult | None:
@@ -90,7 +92,7 @@ class Validation:
         try:
             for stage in stages:
                 stage.breakdown = self._breakdown
-            run_schedule(self._chunks, batches, [LossScales(1.0, 1.0)] * len(batches), forward_only=True)
+            run_schedule(self._chunks, batches, [self._scales] * len(batches), forward_only=True)
         finally:
             for stage, breakdown in zip(stages, of_training, strict=True):
                 stage.breakdown = breakdown

@@ -11,10 +11,13 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_ross.models.latents import LatentEncoder
+from megatron_ross.models.loss_breakdown import MeanLosses
 from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.training.trainer import Trainer
@@ -267,3 +270,27 @@ def test_nothing_is_written_unless_asked_for(settings: dict[str, Any], tmp_path:
     assert not (tmp_path / "validation.jsonl").exists()
     (line,) = lines(tmp_path, "metrics.jsonl")
     assert not any(line[name] for name in ("recon_loss_by_timestep", "lm_loss_by_source", "recon_loss_by_source"))
+
+
+def validated_without_vae(rank: int, world_size: int, flat: dict[str, Any]) -> MeanLosses:
+    """A validation in which encoding an image is an error."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the VAE ran")
+
+    def act(trainer: Trainer) -> MeanLosses:
+        validation = trainer.observations._validation
+        assert validation is not None
+        result = validation.run(lambda: False)
+        assert result is not None
+        return result.losses
+
+    with mock.patch.object(LatentEncoder, "posterior", refuse):
+        return with_trainer(flat, act)
+
+
+@pytest.mark.distributed
+def test_without_weight_validation_encodes_nothing(settings: dict[str, Any]) -> None:
+    losses = run_ranks(validated_without_vae, 2, settings | VPP2 | WATCH | {"recon_loss_weight": 0})[1]
+    assert losses.lm.count > 0
+    assert losses.recon.count == 0
