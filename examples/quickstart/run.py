@@ -8,10 +8,8 @@ fails as well when the result misses a gate (see `gates.py`). Ctrl-C ends every 
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+
+from megatron_ross.programs import end_group, start_program
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "examples/quickstart"
@@ -128,25 +128,11 @@ def evaluation_steps(data: str) -> list[Step]:
 
 def run_step(step: Step) -> int:
     """Run one command in a process group of its own; returns its exit code. However we leave, the group is gone."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(step.command, cwd=ROOT, env=environment, start_new_session=True)
+    process = start_program(step.command, ROOT)
     try:
         return process.wait()
     finally:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started: ask first, then insist."""
-    for signal_number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signal_number)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + GRACE_S
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
+        end_group(process, GRACE_S)
 
 
 def timing_table(seconds: dict[str, float]) -> Table:

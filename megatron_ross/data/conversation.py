@@ -17,6 +17,9 @@ from megatron_ross.data.errors import ConversationError
 from megatron_ross.data.records import Turn
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER, TextTokenizer
 
+END_TOKENS = {"v1": "</s>", "qwen_2": "<|im_end|>", "llama3": "<|eot_id|>"}
+"""What ends an answer, by template; a caption of `plain` ends with its line."""
+
 _SYSTEM = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
@@ -150,8 +153,8 @@ def chat_prompt(texts: Sequence[str | None], system: str, end_token: str) -> str
 
 
 _ANSWER_MARK = " ASSISTANT: "
-_V1 = (_SYSTEM.format(who="user"), "</s>")
-_QWEN_2 = (_SYSTEM.format(who="human"), "<|im_end|>")
+_V1 = (_SYSTEM.format(who="user"), END_TOKENS["v1"])
+_QWEN_2 = (_SYSTEM.format(who="human"), END_TOKENS["qwen_2"])
 
 
 def _rounds(prompt: str, separator: str, mark: str) -> list[tuple[str, str]]:
@@ -179,7 +182,7 @@ def _encode_v1(
         raise ConversationError("the record has an image but no turn says <image>")
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
     spans, cursor = [], 1
-    for i, (text, instruction) in enumerate(_rounds(prompt, "</s>", _ANSWER_MARK)):
+    for i, (text, instruction) in enumerate(_rounds(prompt, END_TOKENS["v1"], _ANSWER_MARK)):
         fewer = 1 if i and not tokenizer.legacy else 0
         end = cursor + len(encode(text)) - fewer
         spans.append(_Span(cursor, cursor + len(encode(instruction)) - 2 - fewer, end))
@@ -199,7 +202,7 @@ def _encode_qwen_2(
     prompt = chat_prompt(_alternate(turns), *_QWEN_2)
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
     spans, cursor = [], 0
-    for i, (text, instruction) in enumerate(_rounds(prompt, "<|im_end|>", _ANSWER_MARK)):
+    for i, (text, instruction) in enumerate(_rounds(prompt, END_TOKENS["qwen_2"], _ANSWER_MARK)):
         joint = 1 if i else 0  # the previous round's <|im_end|>: supervised
         round_ids, given = encode(text), encode(instruction if reference else instruction.rstrip())
         end = cursor + len(round_ids) + joint
@@ -236,7 +239,7 @@ def llama3_rounds(texts: Sequence[str | None]) -> list[str]:
     rounds: list[str] = []
     for i, text in enumerate(texts):
         turn = f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n"
-        turn += "" if text is None else f"{text}<|eot_id|>"
+        turn += "" if text is None else text + END_TOKENS["llama3"]
         if i % 2:
             rounds[-1] += turn
         else:

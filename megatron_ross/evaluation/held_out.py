@@ -11,15 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER
-from megatron_ross.evaluation.answers import answer_batch
+from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.prompts import user_turn
 from megatron_ross.huggingface import RossProcessor
 
 MAX_NEW_TOKENS = 16
@@ -81,58 +78,35 @@ def read_questions(path: Path, image_folder: Path) -> list[HeldOutQuestion]:
 def answer_questions(
     model: Any, processor: RossProcessor, questions: Sequence[HeldOutQuestion], batch_size: int
 ) -> list[GivenAnswer]:
-    """Answer all questions greedily, with a progress bar."""
+    """Answer all questions greedily and score the expected answers, with a progress bar."""
+    chat = ChatModel(model, processor)
     given: list[GivenAnswer] = []
     for start in tqdm(range(0, len(questions), batch_size), desc="answers", unit="batch"):
         batch = questions[start : start + batch_size]
-        images = [open_image(question.image) for question in batch]
-        texts = [question.text for question in batch]
-        expected = [question.expected for question in batch]
-        answers = answer_batch(model, processor, texts, images, Decoding(MAX_NEW_TOKENS))
-        losses = answer_losses(model, processor, texts, images, expected)
+        asked = [[user_turn(question.text, [open_image(question.image)])] for question in batch]
+        answers = chat.answer(asked, Decoding(MAX_NEW_TOKENS))
+        scores = chat.score(asked, [question.expected for question in batch])
         given += [
             GivenAnswer(q.image.name, q.category, q.text, q.expected, a, a.lower() == q.expected.lower(), loss)
-            for q, a, loss in zip(batch, answers, losses, strict=True)
+            for q, a, (loss, _) in zip(batch, answers, scores, strict=True)
         ]
     return given
 
 
-@torch.inference_mode()
-def answer_losses(
-    model: Any,
-    processor: RossProcessor,
-    questions: Sequence[str],
-    images: list[Image.Image],
-    answers: Sequence[str],
-) -> list[float]:
-    """Mean negative log likelihood per token, in nats, of each answer and the token that ends it."""
-    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in questions]
-    prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    inputs = processor(text=prompts, images=images).to(model.device)
-    ids = []
-    for turn, prompt, answer in zip(turns, prompts, answers, strict=True):
-        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = processor.apply_chat_template([*turn, reply])
-        ids.append(torch.tensor(processor.text_tokenizer.encode(whole.removeprefix(prompt))))
-    answer_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
-    lengths = torch.tensor([len(row) for row in ids], device=model.device)
-    known = torch.arange(answer_ids.shape[1], device=model.device) < lengths[:, None]
-    logits = model(
-        input_ids=torch.cat([inputs["input_ids"], answer_ids], dim=1),  # prompts are padded on the left
-        attention_mask=torch.cat([inputs["attention_mask"], known.long()], dim=1),
-        pixel_values=inputs["pixel_values"],
-    ).logits[:, -answer_ids.shape[1] - 1 : -1]
-    losses: Tensor = F.cross_entropy(logits.float().transpose(1, 2), answer_ids, reduction="none") * known
-    return (losses.sum(1) / lengths).tolist()
+def means_by_category(categories: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Mean of the values of every category and, under `OVERALL`, of all."""
+    groups = {
+        name: [v for c, v in zip(categories, values, strict=True) if c == name] for name in dict.fromkeys(categories)
+    }
+    return {name: sum(group) / len(group) for name, group in {**groups, OVERALL: list(values)}.items()}
 
 
 def category_scores(answers: Sequence[GivenAnswer]) -> dict[str, dict[str, float]]:
     """{"accuracy": percent correct, "loss": mean loss in nats} per category and, under `OVERALL`, over all answers."""
-    groups = {name: [a for a in answers if a.category == name] for name in dict.fromkeys(a.category for a in answers)}
-    groups[OVERALL] = list(answers)
+    categories = [a.category for a in answers]
     return {
-        "accuracy": {name: 100 * sum(a.correct for a in group) / len(group) for name, group in groups.items()},
-        "loss": {name: sum(a.loss for a in group) / len(group) for name, group in groups.items()},
+        "accuracy": means_by_category(categories, [100 * a.correct for a in answers]),
+        "loss": means_by_category(categories, [a.loss for a in answers]),
     }
 
 

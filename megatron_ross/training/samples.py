@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.batch import RossSample
-from megatron_ross.data.conversation import first_question
+from megatron_ross.data.conversation import END_TOKENS, first_question
 from megatron_ross.data.errors import SampleError
 from megatron_ross.data.records import Record
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -35,7 +35,6 @@ from megatron_ross.training.forward_only import forward_only
 from megatron_ross.training.greedy import ForwardPasses, greedy_tokens
 
 _CANDIDATES = 256
-_STOP_TOKEN = {"qwen_2": "<|im_end|>", "v1": "</s>", "llama3": "<|eot_id|>"}
 NUM_PANELS = 3
 
 
@@ -113,7 +112,7 @@ class SampleMaker:
 
     def _stop_ids(self) -> frozenset[int]:
         """What ends an answer; a caption of the `plain` template ends with its line instead."""
-        token = _STOP_TOKEN.get(self._run.data.template)
+        token = END_TOKENS.get(self._run.data.template)
         stop_id = None if token is None else self._tokenizer.token_id(token)
         return frozenset() if stop_id is None else frozenset([stop_id])
 

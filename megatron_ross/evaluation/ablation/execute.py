@@ -7,9 +7,6 @@ checkpoint. The first failure ends the other processes and names the run, the st
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +21,7 @@ import yaml
 from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME
 from megatron_ross.evaluation.ablation.plan import AblationConfig, Run
 from megatron_ross.evaluation.ablation.results import RESULT_NAME, collect_result, is_finished
+from megatron_ross.programs import end_group, start_program
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -186,37 +184,22 @@ def _run_step(step: Step, name: str, log: Path, root: Path, stop: threading.Even
         raise _Stopped
     if step.product is not None and step.product.exists():
         return
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     with log.open("a") as stream:
         stream.write(f"$ {' '.join(step.command)}\n")
         stream.flush()
-        process = subprocess.Popen(
-            step.command, cwd=root, env=environment, stdout=stream, stderr=stream, start_new_session=True
-        )
+        process = start_program(step.command, root, stream)
         try:
             while process.poll() is None:
                 if stop.wait(POLL_S):
                     raise _Stopped
         finally:
-            _end_group(process)
+            end_group(process, GRACE_S)
     if process.returncode:
         raise AblationError(
             f"{name}: {step.name} failed with exit code {process.returncode}: {_last_line(log)}; see {log}"
         )
     if _last_line(log).startswith(STOPPED_BY):  # a signal to the training alone: it has saved and ended well
         raise AblationError(f"{name}: {step.name} was {_last_line(log)}; the same command goes on from there")
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, and all it started: ask first, then insist."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        deadline = time.monotonic() + GRACE_S
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
 
 
 def _last_line(log: Path) -> str:

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.generate import load_for_inference, open_image
 from megatron_ross.evaluation.held_out import (
     GivenAnswer,
-    answer_losses,
     answer_questions,
     category_scores,
+    means_by_category,
     read_questions,
     write_answers,
 )
+from megatron_ross.evaluation.prompts import user_turn
 from tests.helpers import golden
 
 IMAGES = golden.GOLDEN / "preprocess" / "images"
@@ -42,6 +44,11 @@ def test_scores_by_category_and_over_all() -> None:
     }
 
 
+def test_accuracies_per_type_and_over_all_questions() -> None:
+    result = means_by_category(["a", "b", "a", "a"], [100, 0, 0, 100])
+    assert result == pytest.approx({"a": 200 / 3, "b": 0.0, "all": 50.0})
+
+
 def test_losses_are_those_of_training_labels() -> None:
     """A batch of answers of different lengths against each alone, scored at the labels that training would set."""
     from megatron_ross.data.conversation import encode_conversation
@@ -51,8 +58,9 @@ def test_losses_are_those_of_training_labels() -> None:
     model, processor = loaded()
     questions = ["What is it?", "Which of the many things in this picture is the largest?"]
     pictures = [open_image(IMAGES / name) for name in ("square.png", "landscape.png")]
-    together = answer_losses(model, processor, questions, pictures, ANSWERS)
-    for question, picture, answer, loss in zip(questions, pictures, ANSWERS, together, strict=True):
+    asked = [[user_turn(question, [picture])] for question, picture in zip(questions, pictures, strict=True)]
+    together = ChatModel(model, processor).score(asked, ANSWERS)
+    for question, picture, answer, (loss, _) in zip(questions, pictures, ANSWERS, together, strict=True):
         turns = [Turn("human", f"<image>\n{question}"), Turn("gpt", answer)]
         one = encode_conversation(turns, "qwen_2", processor.text_tokenizer, num_images=1, max_length=500)
         ids = torch.tensor([expand_image_tokens(one.input_ids, processor.num_image_tokens)])

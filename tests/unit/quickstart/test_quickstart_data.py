@@ -77,9 +77,9 @@ def test_records_are_llava_records_and_heldout_images_stay_held_out() -> None:
 
 def test_same_seed_same_bytes(tmp_path) -> None:
     for run in ("a", "b"):
-        make_data._write_image((tmp_path / f"{run}.jpg", 5, 7))
+        make_data._write_image((make_data.draw_quickstart, tmp_path / f"{run}.jpg", 5, 7))
     assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
-    make_data._write_image((tmp_path / "c.jpg", 5, 8))
+    make_data._write_image((make_data.draw_quickstart, tmp_path / "c.jpg", 5, 8))
     assert (tmp_path / "a.jpg").read_bytes() != (tmp_path / "c.jpg").read_bytes()
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
 

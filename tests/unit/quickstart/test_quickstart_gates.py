@@ -7,7 +7,6 @@ import math
 import re
 import time
 
-import answer
 import gates
 import pytest
 import report
@@ -44,11 +43,6 @@ def test_gates(image: float, blank: float, losses: list[float], passed: list[boo
 def test_final_loss_is_the_mean_of_the_last_tenth() -> None:
     assert gates.final_loss(_metrics([9.0] * 18 + [0.2, 0.4]), "recon_loss") == pytest.approx(0.3)
     assert gates.final_loss(_metrics([0.7]), "recon_loss") == 0.7
-
-
-def test_accuracies_per_type_and_over_all_questions() -> None:
-    result = answer.accuracies(["a", "b", "a", "a"], [True, False, False, True])
-    assert result == pytest.approx({"a": 200 / 3, "b": 0.0, "all": 50.0})
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "no entry"), ('{"a": 1}\n{"a"', "damaged")])
