@@ -32,4 +32,5 @@ if [ -n "${NNODES:-}" ]; then
     exec examples/cluster/torchrun.sh "$@"
 fi
 [ "${cluster#8x}" != "$cluster" ] || fail "$cluster has several machines: set NNODES, NODE_RANK and MASTER_ADDR"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # lets tensor-parallel communication overlap
 exec torchrun --standalone --nproc-per-node "${GPUS_PER_NODE:-8}" pretrain_ross.py "$@"
