@@ -36,8 +36,8 @@ class ParallelConfig:
     """Parameters per message of the two overlaps; None is Megatron's choice, at least 40 million."""
     tp_comm_overlap: bool = False
     """Overlap tensor-parallel messages with matrix products, through TransformerEngine's user buffers."""
-    distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer fails the run."""
+    distributed_timeout_minutes: float = 30.0
+    """A collective that waits longer fails the run; longer than hang_timeout_minutes, which shows where ranks stand."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     _check_paths(run)
     _check_packing(run)
     _check_schedule(run)
+    _check_time_limits(run)
     _check_observation(run)
 
 
@@ -105,16 +106,28 @@ def _check_schedule(run: RunConfig) -> None:
         )
     if training.save_interval is not None and not training.save:
         raise ConfigError(f"save_interval={training.save_interval}: needs save, the run folder to write checkpoints to")
-    limit, grace = training.hang_timeout_minutes, training.preemption_grace_seconds
+    if training.loss_spike_factor and training.loss_spike_factor <= 1:
+        raise ConfigError(f"loss_spike_factor={training.loss_spike_factor}: must be above 1, or 0 for no warnings")
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
+
+
+def _check_time_limits(run: RunConfig) -> None:
+    """From the shortest: the last save, a step that stands still, a collective."""
+    grace, collective = run.training.preemption_grace_seconds, run.parallel.distributed_timeout_minutes
+    limit = run.training.hang_timeout_minutes
+    if collective <= 0:
+        raise ConfigError(f"distributed_timeout_minutes={collective}: must be above 0")
     if limit < 0 or (limit and 60 * limit < grace):
         raise ConfigError(
             f"hang_timeout_minutes={limit}: must be 0, or at least preemption_grace_seconds={grace}, "
             "so that a last save is not taken for a hang"
         )
-    if training.loss_spike_factor and training.loss_spike_factor <= 1:
-        raise ConfigError(f"loss_spike_factor={training.loss_spike_factor}: must be above 1, or 0 for no warnings")
-    if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
+    if limit >= collective:
+        raise ConfigError(
+            f"hang_timeout_minutes={limit}: must be 0, or below distributed_timeout_minutes={collective}; otherwise a "
+            "collective fails before the ranks show where they stand"
+        )
 
 
 def _check_observation(run: RunConfig) -> None:

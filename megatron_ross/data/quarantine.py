@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ross.config.model import IGNORE_LABEL
 from megatron_ross.data.batch import RossMicrobatch, RossSample
+from megatron_ross.data.run_files import RunFiles
 
 
 class SampleStatus(IntEnum):
@@ -42,6 +43,7 @@ class BadSamplePolicy:
         max_bad_share, max_mismatch_share: the run stops above these shares of the samples consumed so far.
         min_samples: until so many samples are consumed, shares are taken of this number.
         quarantine_path: JSONL file to append this rank's findings to; None writes nothing.
+        files: writes that file.
     """
 
     agree: Callable[[Tensor], Tensor] = lambda flags: flags
@@ -49,6 +51,7 @@ class BadSamplePolicy:
     max_mismatch_share: float = 0.01
     min_samples: int = 1000
     quarantine_path: Path | None = None
+    files: RunFiles = field(default_factory=RunFiles)
 
 
 class TooManyBadSamplesError(ValueError):
@@ -135,8 +138,7 @@ class Quarantine:
             epoch, sample_id = (int(x) for x in keys[position])
             entry: dict[str, Any] = {"epoch": epoch, "sample_id": sample_id, "status": finding.status.name.lower()}
             lines.append(json.dumps(entry | {"reason": finding.reason}, ensure_ascii=False) + "\n")
-        with self.policy.quarantine_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(lines))  # one write: lines of several ranks do not mix
+        self.policy.files.append(self.policy.quarantine_path, "".join(lines))
 
 
 def skip_samples(batch: RossMicrobatch, segments: list[tuple[int, int, int]]) -> None:

@@ -37,7 +37,7 @@ def initialize_groups(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # Megatron says int, and takes any number
         create_gloo_process_groups=torch.cuda.is_available(),
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -24,6 +24,7 @@ from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights
 from megatron_ross.data.packing import PackedOrder
 from megatron_ross.data.quarantine import BadSamplePolicy
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.data.tokenizer import load_tokenizer
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
@@ -193,7 +194,13 @@ def _bad_sample_policy(run: RunConfig, *, write: bool) -> BadSamplePolicy:
         max_bad_share=run.data.max_bad_sample_share,
         max_mismatch_share=run.data.max_mismatch_share,
         quarantine_path=folder / f"quarantine_rank{dist.get_rank()}.jsonl" if folder else None,
+        files=files_of(run),
     )
+
+
+def files_of(run: RunConfig) -> RunFiles:
+    """What writes the files of a run folder beside its checkpoints."""
+    return RunFiles(goes_on=run.training.save_failure == "continue")
 
 
 def _maximum_over_ranks(flags: Tensor) -> Tensor:

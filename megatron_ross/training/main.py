@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, ValueError, OSError) as error:
         return _leave(EXIT_ERROR, rank, f"error: {error}")
     except RuntimeError as error:
-        if _lost_peer(error):
+        if lost := _lost_peer(error):
             # At once: whoever waits for this rank learns of the loss when it leaves, one after the other.
-            return _leave(EXIT_ERROR, rank, "stopped: another rank ended or cannot be reached", say_it_once=False)
+            return _leave(EXIT_ERROR, rank, f"stopped: {lost}", say_it_once=False)
         if not _is_expected(error):
             raise
         return _leave(EXIT_ERROR, rank, f"error: {error}")
@@ -93,10 +93,17 @@ def _is_expected(error: RuntimeError) -> bool:
     return isinstance(error, CheckpointError | TrainingError)
 
 
-def _lost_peer(error: RuntimeError) -> bool:
-    """A collective failed because of another rank, which says itself what happened."""
+def _lost_peer(error: RuntimeError) -> str:
+    """What became of another rank, where a collective failed because of it; otherwise nothing."""
     text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+    if any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+        return "another rank ended or cannot be reached"  # it says itself what happened
+    if any(sign in text for sign in ("Timed out waiting", "Application timeout", "Wait timeout", "wait timeout")):
+        return (
+            "another rank has not answered for distributed_timeout_minutes; look at its machine, or set "
+            "hang_timeout_minutes below that limit to see where every rank stands"
+        )
+    return ""
 
 
 def _leave(code: int, rank: int, message: str, *, say_it_once: bool = True) -> int:

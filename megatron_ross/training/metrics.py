@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.shown import shown
+from megatron_ross.data.run_files import replace_text
 from megatron_ross.models.pictures import below_each_other, bytes_to_pil, side_by_side
+from megatron_ross.training.data import files_of
 from megatron_ross.training.samples import Samples
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 SAMPLES_FOLDER = "samples"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,8 @@ class RunLog:
     def __init__(self, run: RunConfig, train_iters: int, start_iteration: int) -> None:
         self._train_iters = train_iters
         self._folder = Path(run.training.save) if run.training.save else None
+        self._files = files_of(run)
         self._tensorboard = self._wandb = None
-        self._files: dict[str, IO[str]] = {}
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +183,8 @@ class RunLog:
         if run.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_iteration + 1)
+            events = str(self._folder / TENSORBOARD_FOLDER)
+            self._tensorboard = SummaryWriter(events, purge_step=start_iteration + 1)
         if run.training.wandb_project:
             import wandb
 
@@ -189,46 +194,47 @@ class RunLog:
 
     def write(self, metrics: IntervalMetrics) -> None:
         """One interval to every destination."""
-        print(_line(metrics, self._train_iters), flush=True)
+        self._files.say(_line(metrics, self._train_iters))
         self._write(METRICS_FILE, "train", metrics)
 
     def write_validation(self, metrics: ValidationMetrics) -> None:
         """One validation to every destination."""
-        print(_validation_line(metrics, self._train_iters), flush=True)
+        self._files.say(_validation_line(metrics, self._train_iters))
         self._write(VALIDATION_FILE, "valid", metrics)
 
     def write_samples(self, iteration: int, samples: Samples) -> None:
         """Answers and pictures to the run's folder `samples`, TensorBoard and Weights & Biases."""
         assert self._folder is not None, "without a folder there is nowhere to write to"
         folder = self._folder / SAMPLES_FOLDER
-        folder.mkdir(exist_ok=True)
-        print(_samples_line(iteration, self._train_iters, samples), flush=True)
+        with self._files.writing(folder):
+            folder.mkdir(exist_ok=True)
+        self._files.say(_samples_line(iteration, self._train_iters, samples))
         name = f"iteration-{iteration:07d}"
         answers = [asdict(answer) for answer in samples.answers]
         if answers:
             text = json.dumps({"iteration": iteration, "answers": answers}, indent=1, ensure_ascii=False)
-            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            with self._files.writing(folder):
+                (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
             self._log_answers(iteration, answers)
         if samples.panels is not None:
             rows = [side_by_side(bytes_to_pil(row)) for row in samples.panels]
             grid = below_each_other(rows)
-            grid.save(folder / f"{name}.png")
+            with self._files.writing(folder):
+                grid.save(folder / f"{name}.png")
             self._log_pictures(iteration, grid)
 
     def _log_answers(self, iteration: int, answers: list[dict[str, Any]]) -> None:
         columns = list(answers[0])
         cells = [[str(answer[column]) for column in columns] for answer in answers]
-        if self._tensorboard is not None:
-            lines = [columns, ["---"] * len(columns), *cells]
-            self._tensorboard.add_text("samples/answers", "\n".join(map(_markdown_row, lines)), iteration)
+        lines = [columns, ["---"] * len(columns), *cells]
+        self._to_tensorboard("add_text", "samples/answers", "\n".join(map(_markdown_row, lines)), iteration)
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({"samples/answers": wandb.Table(columns=columns, data=cells)}, step=iteration)
 
     def _log_pictures(self, iteration: int, grid: Image.Image) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.add_image("samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
+        self._to_tensorboard("add_image", "samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -237,23 +243,23 @@ class RunLog:
     def _write(self, file_name: str, prefix: str, metrics: IntervalMetrics | ValidationMetrics) -> None:
         values = _flat(metrics)
         if self._folder is not None:
-            if file_name not in self._files:
-                self._files[file_name] = (self._folder / file_name).open("a")
-            self._files[file_name].write(json.dumps(_finite_or_text(values)) + "\n")
-            self._files[file_name].flush()
+            self._files.append(self._folder / file_name, json.dumps(_finite_or_text(values)) + "\n")
         scalars = {f"{prefix}/{name}": value for name, value in _scalars(values).items()}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, metrics.iteration)
+        for name, value in scalars.items():
+            self._to_tensorboard("add_scalar", name, value, metrics.iteration)
         if self._wandb is not None:
             self._wandb.log(scalars, step=metrics.iteration)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        for sink, method in ((self._tensorboard, "close"), (self._wandb, "finish")):
-            if sink is not None:
-                getattr(sink, method)()
+        self._to_tensorboard("close")
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _to_tensorboard(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Its writer is a thread: it may fail later than it is called, and then it fails for good."""
+        if self._tensorboard is not None and self._folder is not None:
+            with self._files.writing(self._folder / TENSORBOARD_FOLDER):
+                getattr(self._tensorboard, method)(*args, **kwargs)
 
 
 def _line(m: IntervalMetrics, train_iters: int) -> str:
@@ -320,7 +326,21 @@ def _finite_or_text(values: dict[str, Any]) -> dict[str, Any]:
 
 def _drop_lines_after(path: Path, iteration: int) -> None:
     """A resumed run rewrites what came after its checkpoint, so every iteration stands in the file once."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
-    path.write_text("".join(line + "\n" for line in kept))
+    if path.exists():
+        replace_text(path, "".join(line + "\n" for line in _lines_until(path, iteration)))
+
+
+def _lines_until(path: Path, iteration: int) -> Iterator[str]:
+    """Lines up to this iteration. The last line of a run that was killed may be a part of one; it is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            is_kept = json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                return
+            raise ValueError(
+                f"{path}, line {number}: {shown(line)} is no line of a log; remove it, then resume"
+            ) from None
+        if is_kept:
+            yield line

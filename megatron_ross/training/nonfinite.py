@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ross.data.batch import RossMicrobatch
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.models.ross_stage import RossStage
 
 FILE_NAME = "nonfinite.jsonl"
@@ -45,7 +46,6 @@ def samples_of(found: list[dict[str, Any]]) -> list[int]:
     return sorted({sample for entry in found for sample in entry["sample_ids"]})
 
 
-def write_nonfinite(folder: Path, record: dict[str, Any]) -> None:
+def write_nonfinite(files: RunFiles, folder: Path, record: dict[str, Any]) -> None:
     """Append a line."""
-    with (folder / FILE_NAME).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    files.append(folder / FILE_NAME, json.dumps(record) + "\n")

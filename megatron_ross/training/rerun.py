@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.rerun_state_machine import (
+    QuickStats,
     RerunMode,
+    RerunStateMachine,
+    _set_rerun_state_machine,
     destroy_rerun_state_machine,
     get_rerun_state_machine,
-    initialize_rerun_state_machine,
 )
 from torch import Tensor
 
@@ -32,9 +35,28 @@ def start_rerun(mode: RerunModeName, folder: Path | None) -> Rerun | None:
         return None
     destroy_rerun_state_machine()
     tracker = None if folder is None else str(folder / FILE_NAME)
-    initialize_rerun_state_machine(mode=RerunMode(mode), result_rejected_tracker_filename=tracker)
+    _set_rerun_state_machine(_Machine(RerunMode(mode), tracker))
     show_log("megatron.core.rerun_state_machine")
     return Rerun()
+
+
+class _Machine(RerunStateMachine):
+    """Megatron's, with a report of its own: Megatron's fails on fields that its statistics no longer have."""
+
+    def __init__(self, mode: RerunMode, tracker: str | None) -> None:
+        super().__init__(mode=mode, result_rejected_tracker_filename=tracker)
+        self._total = QuickStats()
+
+    def _maybe_report_stats(self) -> None:
+        """How far the two runs of every step so far differ, over all ranks. A collective call."""
+        if self.current_iteration % self.REPORTING_INTERVAL_ITERATIONS:
+            return
+        everyone: list[list[QuickStats]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, list(self.stats.values()))
+        self.stats.clear()
+        self._total.combine([stats for rank in everyone for stats in rank])
+        if dist.get_rank() == 0:
+            print(f"losses computed twice since the start: {self._total.print_stats()}", flush=True)
 
 
 class Rerun:

@@ -30,7 +30,7 @@ from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
-from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
+from megatron_ross.training.data import build_dataset, build_loader, build_order, files_of, source_names
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
@@ -56,6 +56,7 @@ class Trainer:
     def __init__(self, run: RunConfig, manifest: Manifest, layout: StageLayout, groups: ParallelGroups) -> None:
         self.run, self.layout, self.groups = run, layout, groups
         self.folder = Path(run.training.save) if run.training.save else None
+        self.files = files_of(run)
         self.watchdog = Watchdog(60 * run.training.hang_timeout_minutes, self.folder)
         self.watchdog.beat("start")
         source = resolve_checkpoint(start_path(run))
@@ -213,8 +214,8 @@ class Trainer:
         found = nonfinite_microbatches(self.stages, batches)
         text = f"iteration {self.iteration}: loss {result.loss} or gradient norm {result.grad_norm} is not finite"
         if self.folder is not None and self.groups.is_logging_rank:
-            record = {"iteration": self.iteration, "lm_loss": str(result.lm_loss), "recon_loss": str(result.recon_loss)}
-            write_nonfinite(self.folder, record | {"grad_norm": str(result.grad_norm), "microbatches": found})
+            values = {name: str(getattr(result, name)) for name in ("lm_loss", "recon_loss", "grad_norm")}
+            write_nonfinite(self.files, self.folder, {"iteration": self.iteration, **values, "microbatches": found})
         self._print(f"warning: {text}; nothing is updated; samples {samples_of(found)}")
         if self.skipped > self.run.optimizer.skip_nonfinite_steps:
             if self.checkpoints is not None:
@@ -304,7 +305,7 @@ class Trainer:
 
     def _print(self, text: str) -> None:
         if self.groups.is_logging_rank:
-            print(text, flush=True)
+            self.files.say(text)
 
 
 def num_iterations(run: RunConfig, order: SampleOrder) -> int:

@@ -6,18 +6,25 @@ among threads, a file system that does not answer. It needs no cooperation of th
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TextIO
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
 FOLDER_NAME = "hang"
 _LAST_RESORT_S = 30.0
+_PATIENCE_S, _WRITING_S = 10.0, 2.0
+"""Longest times to wait for the other ranks, and for the report to be written."""
 
 
 class Watchdog:
@@ -56,24 +63,56 @@ class Watchdog:
                 self._end_the_run()
 
     def _end_the_run(self) -> None:
-        text = f"rank {dist.get_rank()}: no progress for {self._limit_s:.0f} s in {self._phase}; it stands at\n"
-        if self._folder is None:
-            self._report([sys.stderr], text)
-        else:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"rank-{dist.get_rank()}.txt").open("w") as file:
-                self._report([sys.stderr, file], text)
+        """What may block, too, does so in a thread of its own: run folder, stderr, the store to ask other ranks in."""
+        rank, patience_s = dist.get_rank(), min(_PATIENCE_S, self._limit_s / 2)
+        stands = f"rank {rank}: no progress for {self._limit_s:.0f} s in {self._phase}; it stands at\n{_stacks()}\n"
+        answer: Future[str] = Future()
+        writers = [_in_background(_write_to_stderr, stands, answer)]
+        if self._folder is not None:
+            writers.append(_in_background(_write_to_file, self._folder / f"rank-{rank}.txt", stands, answer))
+        heard: SimpleQueue[str] = SimpleQueue()
+        _in_background(lambda: heard.put(_ask_the_others(self._phase, patience_s)))
+        try:
+            answer.set_result(heard.get(timeout=patience_s + _WRITING_S))
+        except Empty:
+            answer.set_result("cannot ask the other ranks: who holds their store (rank 0, or torchrun) does not answer")
+        deadline = time.monotonic() + _WRITING_S
+        for writer in writers:
+            writer.join(max(0.0, deadline - time.monotonic()))
         os._exit(1)
 
-    def _report(self, outputs: list[TextIO], text: str) -> None:
-        for out in outputs:
-            out.write(text)
-            out.flush()  # what follows bypasses Python's buffer
-            faulthandler.dump_traceback(out)
-        answer = _ask_the_others(self._phase, min(10.0, self._limit_s / 2))
-        for out in outputs:
-            out.write(f"{answer}\n")
-            out.flush()
+
+def _in_background(function: Callable[..., Any], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args, name="watchdog", daemon=True)
+    thread.start()
+    return thread
+
+
+def _write_to_stderr(stands: str, answer: Future[str]) -> None:
+    print(stands, end="", file=sys.stderr, flush=True)
+    print(answer.result(), file=sys.stderr, flush=True)
+
+
+def _write_to_file(path: Path, stands: str, answer: Future[str]) -> None:
+    with contextlib.suppress(OSError):  # stderr has it, too
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(stands)
+        with path.open("a") as file:
+            file.write(f"{answer.result()}\n")
+
+
+def _stacks() -> str:
+    """Where every thread stands, the innermost call first. No source lines: their file system may be what hangs."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, top in sys._current_frames().items():
+        lines.append(f"thread {names.get(ident, ident)}:")
+        frame: FrameType | None = top
+        while frame is not None:
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+            frame = frame.f_back
+    return "\n".join(lines)
 
 
 def _ask_the_others(phase: str, patience_s: float) -> str:

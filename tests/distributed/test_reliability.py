@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
+import math
 import os
 import resource
 import signal
@@ -211,21 +215,83 @@ def test_a_nan_is_skipped_by_all_ranks_and_its_samples_are_written_down(
         assert str(second["microbatches"][0]["sample_ids"]) in message
 
 
-def _count_attempts(rank: int, world_size: int, flat: dict[str, Any]) -> tuple[int, list[float], bool]:
-    """The third step's loss is NaN at its first attempt only: as if a bit had flipped in a register."""
+def _digest(trainer: Trainer) -> str:
+    """Of all parameters of this rank."""
+    digest = hashlib.sha256()
+    for stage in trainer.stages:
+        for parameter in stage.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
 
-    def act(trainer: Trainer) -> tuple[int, list[float], bool]:
+
+def _break_step_3(rank: int, world_size: int, flat: dict[str, Any], fault: str) -> list[str]:
+    """The first microbatch of rank 1 in the third step is broken; digests of the parameters after each step."""
+
+    def act(trainer: Trainer) -> list[str]:
+        stage, step, digests, fresh = trainer.stages[-1], trainer._step, [_digest(trainer)], [False]
+        lm_loss = stage.lm_loss
+
+        def broken(hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+            is_time, fresh[0] = fresh[0], False
+            if is_time and fault == "gradient nan":
+                hidden.register_hook(lambda gradient: gradient * float("nan"))
+            loss = lm_loss(hidden, batch)
+            return loss * float(fault.split()[1]) if is_time and fault.startswith("loss") else loss
+
+        def counted() -> Any:
+            fresh[0] = rank == 1 and trainer.iteration == 2
+            result = step()
+            digests.append(_digest(trainer))
+            return result
+
+        stage.lm_loss, trainer._step = broken, counted  # type: ignore[method-assign]
+        trainer.train()
+        return digests
+
+    return with_trainer(flat, act)
+
+
+@pytest.mark.parametrize("fault", ["loss nan", "loss inf", "gradient nan"])
+@pytest.mark.parametrize("sizes", [{}, {"pipeline_model_parallel_size": 1, "layout": "VEt*4NDH"}], ids=["PP2", "DP2"])
+def test_all_ranks_skip_what_is_not_finite_on_one(
+    sizes: dict[str, Any], fault: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing changes in that step on any rank, training goes on afterwards, and replicas stay the same."""
+    flat = settings | sizes | {"save": str(tmp_path), "train_iters": 4, "skip_nonfinite_steps": 1}
+    everyone = run_ranks(_break_step_3, 2, flat, fault)
+    for _, first, second, third, fourth in everyone:  # the learning rate of the first step is 0
+        assert first != second == third != fourth
+    assert not sizes or everyone[0] == everyone[1]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_iterations"] for line in lines] == [0, 0, 1, 1]
+    (record,) = (json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert record["iteration"] == 3
+    if fault.startswith("loss"):
+        assert [(found["rank"], found["loss"]) for found in record["microbatches"]] == [(1, "lm")]
+    else:
+        assert float(record["lm_loss"]) > 0
+        assert record["grad_norm"] == "nan"
+        assert {found["loss"] for found in record["microbatches"]} == {None}
+
+
+def _count_attempts(
+    rank: int, world_size: int, flat: dict[str, Any], broken: set[int]
+) -> tuple[int, list[float], list[bool], str]:
+    """Four steps, with NaN in these microbatches of the rank with the LM head; calls, losses, updates, output."""
+
+    def act(trainer: Trainer) -> tuple[int, list[float], list[bool], str]:
         stage, calls = trainer.stages[-1], [0]
         backbone = stage.backbone
 
         def counted(batch: Any) -> torch.Tensor:
             calls[0] += 1
             hidden = backbone(batch)
-            return hidden * float("nan") if calls[0] == 9 and stage.spec.has("H") else hidden
+            return hidden * float("nan") if calls[0] in broken and stage.spec.has("H") else hidden
 
         stage.backbone = counted
-        losses = [trainer._step()[0] for _ in range(4)]
-        return calls[0], [result.lm_loss for result in losses], all(result.updated for result in losses)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            results = [trainer._step()[0] for _ in range(4)]
+        return calls[0], [result.lm_loss for result in results], [result.updated for result in results], out.getvalue()
 
     return with_trainer(flat, act)
 
@@ -233,11 +299,38 @@ def _count_attempts(rank: int, world_size: int, flat: dict[str, Any]) -> tuple[i
 def test_a_transient_error_is_computed_again(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """Megatron's rerun state machine: the third of four steps is repeated, and its second result is the right one."""
     flat = settings | {"rerun_mode": "validate_results", "save": str(tmp_path)}
-    for calls, losses, updated in run_ranks(_count_attempts, 2, flat):
+    for calls, losses, updated, _ in run_ranks(_count_attempts, 2, flat, {9}):
         assert calls == 5 * 4
-        assert updated
+        assert all(updated)
         assert losses == [row[1] for row in _losses(whole)[:4]]
     assert "initial_run" in (tmp_path / "rejected_results.jsonl").read_text().lower()
+
+
+def test_a_nan_that_comes_again_is_skipped(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Computed twice with the same result, it is the model's or the data's: nothing is updated, training goes on."""
+    flat = settings | {"rerun_mode": "validate_results", "save": str(tmp_path), "skip_nonfinite_steps": 1}
+    for calls, losses, updated, _ in run_ranks(_count_attempts, 2, flat, {9, 13}):
+        assert calls == 5 * 4
+        assert updated == [True, True, False, True]
+        assert losses[:2] == [row[1] for row in _losses(whole)[:2]]
+        assert math.isnan(losses[2])
+    first, second = (tmp_path / "rejected_results.jsonl").read_text().lower().splitlines()
+    assert "initial_run" in first
+    assert "first_rerun_reproducible" in second
+
+
+def test_determinism_is_reported(whole: Path, settings: dict[str, Any]) -> None:
+    """Every step is computed twice, with the same losses as without; on this machine both are equal to the last bit."""
+    answers = run_ranks(_count_attempts, 2, settings | {"rerun_mode": "report_determinism_stats"}, set())
+    for calls, losses, updated, _ in answers:
+        assert calls == 2 * 4 * 4
+        assert all(updated)
+        assert losses == [row[1] for row in _losses(whole)[:4]]
+    report = [line for line in answers[0][3].splitlines() if "computed twice" in line]
+    assert report == [
+        "losses computed twice since the start: 2 samples, all identical",  # two ranks
+        "losses computed twice since the start: 6 samples, all identical",
+    ]
 
 
 def test_manifest_covers_every_file_of_a_checkpoint(whole: Path) -> None:

@@ -193,3 +193,28 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(expected: Any, run:
     assert run.starts() == [0, *run.starts()[1:-1], resumed_at]
     assert len(run.starts()) == len(STOPS) + 1  # torchrun restarted nobody
     assert run.history() == expected
+
+
+HANG_MINUTES, REPORT_S = 0.5, 15.0
+"""The limit, and what the report may take beyond it: a second to notice, twelve to ask the others, two to write."""
+
+
+def test_a_rank_that_stands_still_is_replaced(expected: Any, run: Run) -> None:
+    """Stopped by the system, it ignores SIGTERM, too. The others name it and leave, torchrun starts all again."""
+    recipe = run.folder / "limits.yaml"
+    recipe.write_text(f"hang_timeout_minutes: {HANG_MINUTES}\npreemption_grace_seconds: 10\n")
+    run.settings = {"config": str(recipe)} | run.settings
+    silent = 2
+    stop = {"ranks": [silent], "iteration": 8, "point": "forward", "signal": "SIGSTOP"}
+    assert run.start([stop], max_restarts=1) == 0, run.tail()
+    assert run.sent() == {0}
+    assert run.starts() in ([0, 3], [0, 6])  # the save of iteration 6 goes on beside the next steps
+    assert run.history() == expected
+    reports = {path: path.read_text() for path in (run.folder / "hang").glob("rank-*.txt")}
+    assert {path.name for path in reports} == {f"rank-{rank}.txt" for rank in range(NUM_RANKS) if rank != silent}
+    assert all("no progress for 30 s in iteration 8; it stands at" in text for text in reports.values())
+    assert all("in _step" in text for text in reports.values())
+    assert any(f"ranks [{silent}] do not answer" in text for text in reports.values())
+    stopped_at = run.faults.with_name("faults.json.sent").stat().st_mtime
+    latest = max(path.stat().st_mtime for path in reports)
+    assert latest - stopped_at < 60 * HANG_MINUTES + REPORT_S + 10.0  # beside a lot else

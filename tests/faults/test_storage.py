@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,16 +39,31 @@ def settings(toy: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return toy | {"save": str(tmp_path)}
 
 
+@contextlib.contextmanager
+def _mounted(folder: Path, megabytes: int = DISK_MB) -> Iterator[Path]:
+    """A small file system there."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount file systems")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """The folder of the run's checkpoints, a small file system of its own."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount file systems")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with _mounted(tmp_path / "checkpoints") as folder:
+        yield folder
+
+
+@pytest.fixture
+def run_disk(tmp_path: Path) -> Iterator[Path]:
+    """The whole run folder, a small file system of its own."""
+    with _mounted(tmp_path / "run", 3 * DISK_MB) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["foreground", "asynchronous"])
@@ -59,6 +77,64 @@ def test_a_full_disk_stops_all_ranks_and_keeps_the_last_checkpoint(
     assert complete_iterations(disk) == [2]
     assert resolve_checkpoint(disk).name == "iter_0000002"
     assert not list(disk.glob("*.incomplete"))
+
+
+FULL_FROM, FULL_UNTIL = 3, 17
+
+
+def _train_on_a_disk_that_is_full_for_a_while(rank: int, world_size: int, flat: dict[str, Any]) -> tuple[str, str]:
+    """Others fill it before the third step and free it before the 17th; the loss of the fourth is NaN.
+
+    Returns what `train` does, and what this rank wrote to stderr.
+    """
+    step, filler = Trainer._step, Path(flat["save"]) / "filler"
+
+    def timed(self: Trainer) -> Any:
+        now = self.iteration + 1
+        if rank == world_size - 1 and FULL_FROM <= now < FULL_UNTIL:  # again: a failed save leaves room
+            with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if rank == world_size - 1 and now == FULL_UNTIL:
+            filler.unlink()
+        stage = self.stages[-1]
+        lm_loss = stage.lm_loss
+        if now == 4 and stage.spec.has("H"):
+            stage.lm_loss = lambda hidden, batch: lm_loss(hidden, batch) * float("nan")
+        result = step(self)
+        stage.lm_loss = lm_loss
+        return result
+
+    Trainer._step = timed  # type: ignore[method-assign]
+    with tempfile.TemporaryFile("w+") as err, contextlib.redirect_stderr(err):
+        message = train(rank, world_size, flat)
+        err.seek(0)
+        return message, err.read()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["foreground", "asynchronous"])
+def test_training_goes_on_while_the_disk_of_the_run_is_full(
+    is_async: bool, toy: dict[str, Any], run_disk: Path
+) -> None:
+    """No checkpoint, log line, or record of a skipped step can be written: one warning for each file, and it goes on.
+
+    Lines are whole or missing, so that the run can be resumed.
+    """
+    more = {"train_iters": 18, "save_interval": 2, "save_retain_last": 1, "save_failure": "continue"}
+    flat = toy | more | {"save": str(run_disk), "async_save": is_async, "skip_nonfinite_steps": 1}
+    (first, _), (second, said) = run_ranks(_train_on_a_disk_that_is_full_for_a_while, 2, flat)
+    assert (first, second) == ("", "")
+    lines = [json.loads(line) for line in (run_disk / "metrics.jsonl").read_text().splitlines()]
+    iterations = [line["iteration"] for line in lines]
+    assert iterations == sorted(set(iterations))
+    assert {1, 2, 17, 18} <= set(iterations)
+    assert len(iterations) < 18
+    assert not (run_disk / "nonfinite.jsonl").read_text()
+    for name in ("metrics.jsonl", "nonfinite.jsonl"):
+        assert said.count(f"warning: cannot write {run_disk / name} (No space left on device); training goes on") == 1
+    assert complete_iterations(run_disk / "checkpoints") == [18]
+    resumed = flat | {"load": str(run_disk), "init_from": "", "train_iters": 19, "save_interval": 100}
+    assert run_ranks(train, 2, resumed) == ["", ""]
 
 
 def _train_on_a_disk_that_becomes_read_only(rank: int, world_size: int, flat: dict[str, Any], disk: str) -> str:
