@@ -53,7 +53,7 @@ def test_built_in_tasks_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert 0 < found["reconstruction"]["percent"] < 100
     table = (output / "results.md").read_text()
     assert "| MMVP | builtin | pair_accuracy |" in table
-    assert "| POPE | builtin * | accuracy |" in table
+    assert "| POPE | builtin * | f1 |" in table
     assert "Only the first 2 questions" in table
     assert "pair_accuracy" in capsys.readouterr().out
 
