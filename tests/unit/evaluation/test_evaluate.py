@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,38 @@ def test_frameworks_that_are_not_installed(
     assert "lmms-eval is not installed: pip install" in error(capsys)
     assert run("seed", tmp_path / "results") == 1
     assert "VLMEvalKit is not installed: git clone" in error(capsys)
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both frameworks can be found, and import a module that is not there."""
+    for name in ("lmms_eval/evaluator.py", "vlmeval/config.py"):
+        package = (tmp_path / "broken" / name).parent
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (tmp_path / "broken" / name).write_text("import left_out_by_mistake\n")
+    (tmp_path / "broken" / "run.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("lmms_eval", "vlmeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("lmms_eval", "vlmeval")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("task", "framework", "install"),
+    [("gqa", "lmms-eval", "pip install --no-deps lmms_eval"), ("seed", "vlmevalkit", "pip install -e VLMEvalKit")],
+)
+def test_frameworks_that_are_not_installed_completely(
+    task: str, framework: str, install: str, broken: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results"
+    assert run(task, output) == 1
+    message = error(capsys)
+    assert f"{framework} cannot import left_out_by_mistake (ModuleNotFoundError: No module named" in message
+    assert install in message
+    assert not (output / "results.json").exists()
 
 
 def test_built_in_tasks_refuse_torchrun(

@@ -120,10 +120,15 @@ class RetryError(Exception):
         (SystemExit(2), r"x failed in t \(SystemExit: 2\)"),
         (RetryError(ConnectionError("no network")), r"the data of t for x is missing \(ConnectionError: no network\)"),
         (FileNotFoundError("a.tsv"), "the data of t for x is missing"),
+        (
+            ModuleNotFoundError("No module named 'y'", name="y"),
+            "x cannot import y .*: install what is missing, or the framework again: pip install x; traceback in",
+        ),
+        (ImportError("undefined symbol"), r"x cannot import one of its modules \(ImportError: undefined symbol\)"),
     ],
 )
 def test_crashes_become_one_line(raised: BaseException, message: str, tmp_path: Path) -> None:
-    with pytest.raises(FrameworkError, match=message), framework_errors("x", "t", tmp_path):
+    with pytest.raises(FrameworkError, match=message), framework_errors("x", "t", tmp_path, "pip install x"):
         raise raised
     assert type(raised).__name__ in (tmp_path / "error.log").read_text()
 
