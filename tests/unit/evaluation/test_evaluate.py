@@ -55,8 +55,35 @@ def test_built_in_tasks_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     table = (output / "results.md").read_text()
     assert "| MMVP | builtin | pair_accuracy |" in table
     assert "| POPE | builtin * | f1 |" in table
-    assert "Only the first 2 questions" in table
+    assert "Only the first questions were asked: MMVP 2, POPE 2, Reconstruction PSNR (dB) 2." in table
     assert "pair_accuracy" in capsys.readouterr().out
+
+
+def test_several_calls_add_to_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one checkpoint and preset; anything else is refused before a question is asked."""
+    file, images = write_pope(tmp_path / "pope")
+    mmvp_data = ["--mmvp-data", str(write_mmvp(tmp_path / "mmvp", MMVP_ROWS))]
+    pope_data = ["--framework", "builtin", "--pope-data", str(file), "--pope-images", str(images)]
+    output = tmp_path / "results"
+    assert run("mmvp", output, *mmvp_data, "--limit", "2") == 0
+    assert run("pope", output, *pope_data) == 0
+    table = (output / "results.md").read_text()
+    assert "| MMVP | builtin |" in table
+    assert "| POPE | builtin * |" in table
+    assert "Only the first questions were asked: MMVP 2." in table
+    assert run("mmvp", output, *mmvp_data) == 0
+    written = (output / "results.json").read_text()
+    assert [(e["benchmark"], e["settings"]["limit"]) for e in json.loads(written)["results"]] == [
+        ("mmvp", None),
+        ("pope", None),
+    ]
+
+    capsys.readouterr()
+    other = str(golden.checkpoint_dir("llama_clip"))
+    for words in ({"checkpoint": other}, {}):
+        assert run("mmvp", output, *mmvp_data, *([] if words else ["--preset", "published"]), **words) == 1
+        assert "name another folder with --output" in error(capsys)
+    assert (output / "results.json").read_text() == written
 
 
 def test_sampling_is_the_published_preset_and_repeatable(tmp_path: Path) -> None:

@@ -180,6 +180,29 @@ def test_one_command_and_what_run_py_does_not_say(
     assert not (tmp_path / "other" / "results.json").exists()
 
 
+def test_ranks_but_the_first_leave_the_results_to_it(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DECODING", Decoding(8))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate("ai2d", tmp_path / "results") == 0
+    assert list((tmp_path / "results").rglob("megatron_ross_AI2D_TEST.json")), "it answers, too"
+    assert not list((tmp_path / "results").glob("results.*"))
+    assert "results.md" not in capsys.readouterr().out
+
+
+def test_a_result_file_without_the_metric_of_the_table(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DECODING", Decoding(8))
+    assert evaluate("mmmu", tmp_path / "results") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: vlmevalkit gave no validation.Overall of mmmu, only none.Overall")
+    (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert entry["scores"] == {"none.Overall": 0.25}
+
+
 def test_run_py_that_is_not_there(vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert find_run_py() == vlmeval / "run.py"
     assert evaluate("ai2d", tmp_path / "results", "--vlmevalkit", str(tmp_path)) == 1
