@@ -60,6 +60,8 @@ test-faults: $(READY) ## kill ranks, lose machines, stop runs: real torchrun pro
 	@$(BIN)/python -m pytest -m faults
 
 test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, without network
+	@$(BIN)/python -c 'import lmms_eval' || { \
+		echo "error: lmms-eval cannot be imported in $(VENV) (see above): rm $(EVAL_READY), then make test-eval" >&2; exit 1; }
 	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
 
 test-gpu: $(READY) ## only the tests that need a CUDA GPU

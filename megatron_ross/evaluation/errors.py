@@ -27,13 +27,14 @@ class FrameworkError(ValueError):
 
 
 @contextmanager
-def framework_errors(framework: str, tasks: str, output: Path) -> Iterator[None]:
+def framework_errors(framework: str, tasks: str, output: Path, install: str) -> Iterator[None]:
     """Turn whatever a framework raises, or its attempt to exit, into a FrameworkError; the traceback goes to LOG_FILE.
 
     Args:
         framework: its name, for messages.
         tasks: what it was asked to run, for messages.
         output: folder for LOG_FILE.
+        install: how to install the framework, for messages.
 
     Raises:
         FrameworkError: the block failed.
@@ -48,6 +49,11 @@ def framework_errors(framework: str, tasks: str, output: Path) -> Iterator[None]
         log = output / LOG_FILE
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        if isinstance(cause, ImportError):
+            raise FrameworkError(
+                f"{framework} cannot import {cause.name or 'one of its modules'} ({reason}): install what is missing, "
+                f"or the framework again: {install}; traceback in {log}"
+            ) from error
         if {base.__name__ for base in type(cause).__mro__} & set(_NO_DATA):
             raise FrameworkError(
                 f"the data of {tasks} for {framework} is missing ({reason}): run once with network access (docs/"

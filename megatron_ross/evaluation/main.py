@@ -35,7 +35,12 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--tasks", type=str, required=True, help=f"comma-separated: {', '.join(benchmarks())}; or a framework's own")
     add("--framework", choices=FRAMEWORKS, default=None, help="default: the one of the published figures")
     add("--preset", choices=tuple(PRESETS), default="default", help="how questions are put; see docs/evaluation.md")
-    add("--output", type=Path, default=Path("results"), help="folder for results.json, results.md and the answers")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results"),
+        help="folder for the table and the answers; calls for one checkpoint add to it",
+    )
     add("--export-format", choices=("ross", "llava"), default="ross", help="of training checkpoints")
     add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
     add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
@@ -91,6 +96,8 @@ def evaluate(args: Namespace) -> list[results_module.Result]:
         raise ValueError("--tasks names no task; known are " + ", ".join(benchmarks()))
     check(args, jobs)
     folder = exported_folder(args.checkpoint, args.export_format, rank=_rank())
+    settings = _settings(args, folder)
+    earlier = results_module.earlier_results(args.output, settings)
     scores: dict[str, dict[str, float]] = {}
     for framework, run in _RUNNERS.items():
         names = [j for j in jobs if j.framework == framework]
@@ -99,8 +106,9 @@ def evaluate(args: Namespace) -> list[results_module.Result]:
             gc.collect()  # the model of one framework goes before the next comes
     if _rank():
         return []
-    found = [results_module.result(j, scores[j.benchmark.name]) for j in jobs]
-    results_module.write_results(args.output, _settings(args, folder), found)
+    found = [results_module.result(j, scores[j.benchmark.name], settings) for j in jobs]
+    results_module.write_results(args.output, [*earlier, *found])
+    results_module.check_headlines(found)
     return found
 
 
@@ -165,7 +173,7 @@ def _builtin_options(args: Namespace) -> builtin.BuiltinOptions:
 def _settings(args: Namespace, folder: Path) -> dict[str, Any]:
     """Command line, export, and versions of what took part."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {**given, "export": str(folder), "versions": versions(_RECORDED_PACKAGES)}
+    return {**given, "export": str(folder.resolve()), "versions": versions(_RECORDED_PACKAGES)}
 
 
 def _rank() -> int:

@@ -1,18 +1,26 @@
-"""What an evaluation found, as JSON and as a Markdown table beside the published figures."""
+"""What an evaluation found, as JSON and as a Markdown table beside the published figures.
+
+One folder holds the results of one checkpoint, asked by one preset; several calls add to it.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.config.json_files import read_json
 from megatron_ross.evaluation.benchmarks import Job, benchmarks
+from megatron_ross.evaluation.errors import FrameworkError
 
 PUBLISHED = Path(__file__).with_name("published.json")
 RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
+_SHARED = ("export", "preset")
+"""Settings that all results of a folder have in common."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,32 @@ class Result:
     percent: float | None
     """Its value; None if it is unknown which metric that is, or the framework did not give it."""
     as_published: bool
-    """Whether the framework is the one whose figures were published."""
+    """Whether framework and preset are those of the published figures."""
+    settings: dict[str, Any]
+    """What was evaluated, and how: command line, exported folder, versions."""
 
 
-def result(job: Job, scores: dict[str, float]) -> Result:
+def result(job: Job, scores: dict[str, float], settings: dict[str, Any]) -> Result:
     """Scores of a job with its headline."""
     task = job.task
     value = scores.get(task.metric) if task.metric is not None else None
-    same = job.framework == job.benchmark.published_with
     percent = None if value is None else value * task.scale
-    return Result(job.benchmark.name, job.framework, task.task, scores, task.metric, percent, same)
+    same = job.framework == job.benchmark.published_with and settings["preset"] == "published"
+    return Result(job.benchmark.name, job.framework, task.task, scores, task.metric, percent, same, settings)
+
+
+def check_headlines(results: Sequence[Result]) -> None:
+    """Refuse an empty cell in the table.
+
+    Raises:
+        FrameworkError: a framework gave scores of a benchmark, but not the one that is compared.
+    """
+    for entry in results:
+        if entry.metric is not None and entry.percent is None:
+            raise FrameworkError(
+                f"{entry.framework} gave no {entry.metric} of {entry.benchmark}, only {', '.join(entry.scores)}: other "
+                f"versions name it otherwise, use the one in docs/evaluation.md; its scores are kept in {RESULTS_JSON}"
+            )
 
 
 @functools.cache
@@ -53,18 +77,51 @@ def published_source() -> str:
     return str(json.loads(PUBLISHED.read_text(encoding="utf-8"))["source"])
 
 
-def write_results(output: Path, settings: dict[str, Any], results: Sequence[Result]) -> None:
+def earlier_results(output: Path, settings: dict[str, Any]) -> list[Result]:
+    """What earlier calls left in a folder, to be added to.
+
+    Args:
+        output: the folder; it need not exist.
+        settings: of the coming results.
+
+    Raises:
+        ValueError: its results are of another checkpoint or preset, or cannot be read.
+    """
+    file = output / RESULTS_JSON
+    if not file.is_file():
+        return []
+    try:
+        summary = read_json(file)
+        results = [Result(**entry) for entry in summary["results"]]
+        stored = {name: summary[name] for name in _SHARED}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} holds no results that can be added to ({error}): remove it, or name another folder with --output"
+        ) from None
+    wanted = {name: settings[name] for name in _SHARED}
+    if stored != wanted:
+        raise ValueError(
+            f"{file} holds results of {stored['export']} with preset {stored['preset']}, not of {wanted['export']} "
+            f"with preset {wanted['preset']}: name another folder with --output"
+        )
+    return results
+
+
+def write_results(output: Path, results: Sequence[Result]) -> None:
     """Write RESULTS_JSON and RESULTS_MD.
 
     Args:
         output: folder, made if it does not exist.
-        settings: what was evaluated, and how.
-        results: one entry for each benchmark.
+        results: in their order; of two for the same benchmark and framework, the later one counts.
     """
+    newest = list({(entry.benchmark, entry.framework): entry for entry in results}.values())
+    shared = {name: newest[0].settings[name] for name in _SHARED}
+    summary = {**shared, "results": [asdict(entry) for entry in newest]}
     output.mkdir(parents=True, exist_ok=True)
-    summary = {"settings": settings, "results": [asdict(entry) for entry in results]}
-    (output / RESULTS_JSON).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (output / RESULTS_MD).write_text(markdown(settings, results), encoding="utf-8")
+    temporary = output / f".{RESULTS_JSON}"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, output / RESULTS_JSON)
+    (output / RESULTS_MD).write_text(markdown(newest), encoding="utf-8")
 
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -73,37 +130,51 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def markdown(settings: dict[str, Any], results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result]) -> str:
     """The table, one line for each benchmark, and notes below."""
     models = list(published())
+    mark = "" if results[0].settings["preset"] == "published" else " †"
     lines = [
-        "| benchmark | framework | metric | this checkpoint | " + " | ".join(models) + " |",
+        f"| benchmark | framework | metric | this checkpoint{mark} | " + " | ".join(models) + " |",
         "|---" * (len(models) + 4) + "|",
     ]
     for entry in results:
-        known = benchmarks().get(entry.benchmark)
         figures = [published()[model].get(entry.benchmark) for model in models]
-        cells = [
-            known.label if known else entry.benchmark,
-            _framework(entry),
-            entry.metric or "",
-            _shown(entry.percent),
-        ]
+        cells = [_label(entry), _framework(entry), entry.metric or "", _shown(entry.percent)]
         lines.append("| " + " | ".join([*cells, *map(_shown, figures)]) + " |")
+    return "\n".join([*lines, "", *_notes(results)]) + "\n"
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What a reader must know to compare the figures."""
+    settings = results[0].settings
     notes = [
-        "",
-        f"Checkpoint `{settings.get('checkpoint')}`, preset `{settings.get('preset')}`. Percent. Published figures: "
-        f"{published_source()}; empty where it has none.",
+        f"Checkpoint `{settings['checkpoint']}`, preset `{settings['preset']}`. Percent. Published figures: "
+        f"{published_source()}; empty where it has none."
     ]
-    if not all(entry.as_published for entry in results):
+    if settings["preset"] != "published":
+        notes.append("† not asked as for the published figures: `--preset published` does that (docs/evaluation.md).")
+    if any(map(_other_framework, results)):
         notes.append("* not the framework of the published figures: prompts and scoring differ.")
-    if settings.get("limit"):
-        notes.append(f"Only the first {settings['limit']} questions of each benchmark were asked.")
-    return "\n".join([*lines, *notes]) + "\n"
+    limits = [f"{_label(e)} {e.settings['limit']}" for e in results if e.settings.get("limit")]
+    if limits:
+        notes.append(f"Only the first questions were asked: {', '.join(limits)}.")
+    return notes
+
+
+def _label(entry: Result) -> str:
+    known = benchmarks().get(entry.benchmark)
+    return known.label if known else entry.benchmark
+
+
+def _other_framework(entry: Result) -> bool:
+    """Whether its published figures come from another framework."""
+    known = benchmarks().get(entry.benchmark)
+    return known is not None and known.published_with != entry.framework
 
 
 def _framework(entry: Result) -> str:
-    return entry.framework + ("" if entry.as_published else " *")
+    return entry.framework + (" *" if _other_framework(entry) else "")
 
 
 def _shown(value: float | None) -> str:

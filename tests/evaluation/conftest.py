@@ -60,7 +60,7 @@ def exported(request: pytest.FixtureRequest, stored: Stored, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def local(stored: Stored, tmp_path_factory: pytest.TempPathFactory) -> Local:
-    """Tasks of every output type with four records each."""
+    """Tasks of every supported output type with four records each."""
     folder = tmp_path_factory.mktemp("tasks")
     model, processor = load_for_inference(str(stored.composite), device="cpu")
     records, answers = [], []
@@ -101,6 +101,9 @@ def write_tasks(folder: Path, records: list[dict[str, Any]]) -> None:
         "toy_crash": generate + shown + "process_results: !function utils.crash\n",
         "toy_choice": "output_type: multiple_choice\n" + shown + scored,
         "toy_text_choice": "output_type: multiple_choice\n" + scored,
+        "toy_likelihood": "output_type: loglikelihood\ndoc_to_text: !function utils.plain_question\n"
+        "doc_to_target: !function utils.first_candidate\nprocess_results: !function utils.loss\n"
+        "metric_list: [{metric: loss, aggregation: mean, higher_is_better: false}]\n" + shown,
         "toy_rounds": generate.replace("generate_until", "generate_until_multi_round")
         .replace("utils.question", "utils.rounds")
         .replace("right", "num_answers")

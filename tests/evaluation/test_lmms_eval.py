@@ -1,4 +1,4 @@
-"""A tiny exported checkpoint through lmms-eval, without network: every output type, both interfaces, two ranks."""
+"""A tiny exported checkpoint through lmms-eval, offline: every supported output type, both interfaces, two ranks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_ross.evaluation.generate import load_for_inference, open_image
+from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
 from megatron_ross.evaluation.main import main
 from megatron_ross.evaluation.prompts import user_turn
 from tests.evaluation.conftest import SHORT, Local
@@ -116,6 +118,13 @@ def test_candidates_have_hand_computed_losses(task: str, exported: Path, stored:
     assert scores[task]["acc,none"] == sum(right) / 4
 
 
+def test_likelihood_of_one_text(exported: Path, stored: Stored, local: Local) -> None:
+    """The text is a function of the record, not a string."""
+    scores, _ = evaluate(simple(exported), local, "toy_likelihood")
+    expected = [losses[0] for losses in losses_by_hand(stored.composite, json.dumps(local.records), True)]
+    assert scores["toy_likelihood"]["loss,none"] == pytest.approx(sum(expected) / 4, abs=2e-5)
+
+
 def test_published_candidates_keep_the_blank_of_the_task(exported: Path, local: Local) -> None:
     default, published = simple(exported).chat, simple(exported, settings="published").chat
     question = [user_turn("Which colour?")]
@@ -139,6 +148,53 @@ def test_the_entry_point_is_found() -> None:
 def command(run: Path, local: Local, output: Path, tasks: str) -> list[str]:
     words = ["--checkpoint", str(run), "--framework", "lmms-eval", "--tasks", tasks, "--batch-size", "2"]
     return [*words, "--include-path", str(local.folder), "--output", str(output), "--device", "cpu"]
+
+
+def write_textvqa(folder: Path, local: Local) -> None:
+    """lmms-eval's own TextVQA with the local pictures."""
+    built_in = Path(find_spec("lmms_eval").origin).parent / "tasks" / "textvqa" / "textvqa_val.yaml"
+    data = folder / "textvqa.jsonl"
+    more = [
+        {"question_id": i, "ocr_tokens": ["stop", str(i)], "answers": ["stop"] * 10}
+        for i, _ in enumerate(local.records)
+    ]
+    data.write_text("".join(json.dumps(r | m) + "\n" for r, m in zip(local.records, more, strict=True)))
+    (folder / "utils.py").write_text((local.folder / "utils.py").read_text())
+    (folder / "textvqa_val.yaml").write_text(
+        f"include: {built_in}\ntask: textvqa_val\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{validation: {data}}}}}\ndoc_to_visual: !function utils.pictures\n"
+        "generation_kwargs: {max_new_tokens: 6}\n"
+    )
+
+
+@pytest.mark.parametrize("settings", ["default", "published"])
+def test_textvqa_shows_ocr_tokens_as_published(settings: str, stored: Stored, local: Local, tmp_path: Path) -> None:
+    """The override of the built-in task reaches its prompts, and the model answers those."""
+    write_textvqa(tmp_path, local)
+    words = command(stored.composite, replace(local, folder=tmp_path), tmp_path / "results", "textvqa")
+    assert main([*words, "--preset", settings, "--dtype", "fp32"]) == 0
+    chat = simple(stored.composite, settings=settings).chat
+    expected = []
+    for i, record in enumerate(local.records):
+        shown = f"\nReference OCR token: stop, {i}" if settings == "published" else ""
+        asked = user_turn(record["question"].capitalize() + shown + SHORT, [open_image(record["image"])])
+        expected += chat.answer([[asked]], Decoding(6))
+    rows = [json.loads(line) for line in (tmp_path / "results/samples/lmms-eval/textvqa_val.jsonl").open()]
+    assert responses(rows) == expected
+    (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert (entry["metric"], entry["as_published"]) == ("exact_match", settings == "published")
+
+
+def test_torchvision_is_not_needed() -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from megatron_ross.evaluation.lmms_eval.simple import MegatronRoss\n"
+        "from megatron_ross.evaluation.lmms_eval.chat import MegatronRossChat\n"
+        "from lmms_eval.evaluator import simple_evaluate\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_one_command_from_a_training_checkpoint_on_one_and_two_ranks(

@@ -75,6 +75,19 @@ def test_the_environment_is_used_again(tree: Path) -> None:
     assert "setup_venv" in make("-n", "-W", "setup.py", "test", tree=tree).stdout
 
 
+def test_eval_tests_are_not_skipped_without_lmms_eval(tree: Path) -> None:
+    """An environment that says it is ready may have lost the package; then every test would be skipped."""
+    python = tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n[ \"$2\" != 'import lmms_eval' ]\n")
+    python.chmod(0o755)
+    (tree / ".venv" / ".ready").touch()
+    (tree / ".venv" / ".ready-eval").touch()
+    done = make("test-eval", tree=tree)
+    assert done.returncode != 0
+    assert "error: lmms-eval cannot be imported in .venv (see above): rm .venv/.ready-eval" in done.stderr
+
+
 def test_help_lists_every_target() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert phony is not None

@@ -98,7 +98,7 @@ def _read_parquet(files: Sequence[Path]) -> list[MmvpQuestion]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError("parquet files need pyarrow: pip install 'megatron-ross[eval]'") from None
+        raise ValueError("parquet files need pyarrow: pip install -e '.[eval]'") from None
     rows = [(file, n, row) for file in files for n, row in enumerate(parquet.read_table(file).to_pylist(), 1)]
     return [_read_row(row, None, f"{file}, row {n}") for file, n, row in rows]
 

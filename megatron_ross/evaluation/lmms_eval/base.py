@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from megatron_ross.evaluation.chat_model import ChatModel, Conversation
 from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.lmms_eval.decoding import task_decoding
 from megatron_ross.evaluation.presets import preset
 
 T = TypeVar("T")
-DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 class LmmsModel(lmms):
@@ -63,24 +63,8 @@ class LmmsModel(lmms):
         return self.task_dict[task][split][doc_id]
 
     def decoding(self, gen_kwargs: dict[str, Any]) -> Decoding:
-        """A task's `generation_kwargs` as decoding.
-
-        Raises:
-            ValueError: it asks for beam search.
-        """
-        beams = gen_kwargs.get("num_beams") or 1
-        if beams != 1:
-            raise ValueError(f"a task asks for num_beams {beams}; only sampling and greedy decoding are supported")
-        until = gen_kwargs.get("until") or ()
-        stop = (until,) if isinstance(until, str) else tuple(until)
-        temperature = float(gen_kwargs.get("temperature") or 0.0)
-        return Decoding(
-            max_new_tokens=int(gen_kwargs.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS),
-            temperature=0.0 if gen_kwargs.get("do_sample") is False else temperature,
-            top_p=float(gen_kwargs.get("top_p") or 1.0),
-            top_k=int(gen_kwargs.get("top_k") or 0),
-            stop=tuple(text for text in stop if text) if self.chat.preset.task_stop_strings else (),
-        )
+        """A task's `generation_kwargs` as decoding."""
+        return task_decoding(gen_kwargs, self.chat.preset)
 
     def answer_all(self, requests: Sequence[tuple[Callable[[], Conversation], dict[str, Any]]]) -> list[str]:
         """Answers in the order of the requests; those with equal settings are answered together.

@@ -17,7 +17,7 @@ from megatron_ross.evaluation.errors import FrameworkError, framework_errors
 
 NAME = "lmms-eval"
 INSTALL = (
-    "lmms-eval is not installed: pip install 'megatron-ross[eval]', then pip install --no-deps lmms_eval==0.7.3 "
+    "pip install -e '.[eval]', then pip install --no-deps lmms_eval==0.7.3 "
     "(without --no-deps it brings torchvision and video libraries)"
 )
 
@@ -38,7 +38,7 @@ OCR_TOKENS = {
 def check_installed() -> None:
     """Raises ValueError: lmms-eval cannot be imported."""
     if importlib.util.find_spec("lmms_eval") is None:
-        raise ValueError(INSTALL)
+        raise ValueError(f"{NAME} is not installed: {INSTALL}")
 
 
 def run_tasks(
@@ -66,17 +66,18 @@ def run_tasks(
         ValueError: lmms-eval or a task is missing; FrameworkError: an evaluation failed.
     """
     check_installed()
-    from lmms_eval.evaluator import simple_evaluate
-
     names = ", ".join(tasks)
-    with framework_errors(NAME, names, output):
+    with framework_errors(NAME, names, output, INSTALL):
+        from lmms_eval.evaluator import simple_evaluate
+
+        model_class = _model_class(interface)
         manager = _task_manager(tasks, include_path)
     for task in tasks:
         _check_task(task, manager.all_tasks)
-    lm = _model_class(interface)(**model)
+    lm = model_class(**model)
     changed = overrides or {}
     asked = [{"task": task, **changed[task]} if task in changed else task for task in tasks]
-    with framework_errors(NAME, names, output):
+    with framework_errors(NAME, names, output, INSTALL):
         found = simple_evaluate(
             model=lm,
             tasks=asked,

@@ -15,7 +15,7 @@ from megatron_ross.evaluation.vlmevalkit.adapter import VlmEvalKitAdapter
 
 CLASS_NAME = "MegatronRoss"
 INSTALL = (
-    "VLMEvalKit is not installed: git clone https://github.com/open-compass/VLMEvalKit, pip install -e VLMEvalKit, and "
+    "git clone https://github.com/open-compass/VLMEvalKit, pip install -e VLMEvalKit, and "
     "name the clone with --vlmevalkit if it is elsewhere; or choose --framework lmms-eval"
 )
 
@@ -31,7 +31,7 @@ def find_run_py(source: Path | None = None) -> Path:
     """
     spec = importlib.util.find_spec("vlmeval")
     if spec is None and source is None:
-        raise ValueError(INSTALL)
+        raise ValueError(f"VLMEvalKit is not installed: {INSTALL}")
     if source is None:
         assert spec is not None
         assert spec.submodule_search_locations

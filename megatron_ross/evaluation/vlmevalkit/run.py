@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.evaluation.errors import FrameworkError, framework_errors
-from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py, launch, register
+from megatron_ross.evaluation.vlmevalkit.launcher import INSTALL, find_run_py, launch, register
 
 NAME = "vlmevalkit"
 MODEL_NAME = "megatron_ross"
@@ -36,7 +36,7 @@ def run_tasks(
     run_py = find_run_py(source)
     names = ", ".join(datasets)
     work = output / NAME
-    with framework_errors(NAME, names, output):
+    with framework_errors(NAME, names, output, INSTALL):
         register(MODEL_NAME, model)
         arguments = ["--data", *datasets, "--model", MODEL_NAME, "--judge", JUDGE, "--work-dir", str(work.resolve())]
         launch(run_py, arguments)

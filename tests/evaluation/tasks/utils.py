@@ -27,6 +27,16 @@ def candidates(doc: dict[str, Any]) -> list[str]:
     return doc["candidates"]
 
 
+def first_candidate(doc: dict[str, Any]) -> str:
+    """The text whose likelihood is asked for."""
+    return doc["candidates"][0]
+
+
+def loss(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """What the model returned for it."""
+    return {"loss": results[0][0]}
+
+
 def exact(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Whether the answer is the expected one."""
     return {"right": float(results[0] == doc["answer"])}

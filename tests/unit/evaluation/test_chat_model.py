@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.generate import Decoding
-from megatron_ross.evaluation.presets import PRESETS, Framework, Preset, preset
+from megatron_ross.evaluation.presets import Framework, Preset, preset
 from megatron_ross.evaluation.prompts import Turn, turn_text, user_turn
 from megatron_ross.huggingface.chat_templates import chat_template
 from tests.helpers import golden
@@ -72,22 +72,29 @@ def test_published_prompts(model: str, framework: Framework) -> None:
     assert chat.turn_end() == end
 
 
+@pytest.mark.parametrize(
+    ("name", "framework", "question"),
+    [
+        ("default", "builtin", "<image>\n<image>\nLook: Same?"),
+        ("default", "lmms-eval", "<image>\n<image>\nLook: Same?"),
+        ("default", "vlmevalkit", "<image>\n<image>\nLook: Same?"),
+        ("published", "builtin", "<image> <image>\nLook: Same?"),
+        ("published", "lmms-eval", "<image> <image>\nLook: Same?"),
+        ("published", "vlmevalkit", "<image>\nLook: <image>\nSame?"),
+    ],
+)
+def test_prompts_with_two_pictures(name: str, framework: Framework, question: str) -> None:
+    """Every preset's placeholders reach the prompt, and a model can be asked so."""
+    chat = loaded("qwen2_siglip", name, framework)
+    asked = [Turn("user", (WIDE, "Look: ", WIDE, "Same?"))]
+    assert chat.prompt(asked) == f"{SYSTEM.format('human', 'human')}USER: {question} ASSISTANT:"
+    assert len(chat.answer([asked], Decoding(2))) == 1
+
+
 def test_default_asks_vicuna_as_it_was_trained() -> None:
     assert (
         loaded("llama_clip", "default", "vlmevalkit").prompt([user_turn("?")]).startswith(SYSTEM.format("user", "user"))
     )
-
-
-def test_presets_differ_only_where_documented() -> None:
-    assert PRESETS["default"] == dict.fromkeys(PRESETS["default"], Preset())
-    published = PRESETS["published"]
-    assert {p.dtype for p in published.values()} == {"fp16"}
-    assert [f for f, p in published.items() if p.aspect_ratio == "pad"] == ["vlmevalkit"]
-    assert [f for f, p in published.items() if not p.task_stop_strings] == ["lmms-eval"]
-    assert [f for f, p in published.items() if p.ocr_tokens] == ["lmms-eval"]
-    assert [f for f, p in published.items() if p.sample_mmvp] == ["builtin"]
-    with pytest.raises(ValueError, match="preset 'paper' is unknown; use default, published"):
-        preset("paper", "builtin")
 
 
 def test_fp16_and_padding_of_the_published_preset(tmp_path: Path) -> None:

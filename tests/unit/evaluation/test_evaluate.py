@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,36 @@ def test_built_in_tasks_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert 0 < found["reconstruction"]["percent"] < 100
     table = (output / "results.md").read_text()
     assert "| MMVP | builtin | pair_accuracy |" in table
-    assert "| POPE | builtin * | accuracy |" in table
-    assert "Only the first 2 questions" in table
+    assert "| POPE | builtin * | f1 |" in table
+    assert "Only the first questions were asked: MMVP 2, POPE 2, Reconstruction PSNR (dB) 2." in table
     assert "pair_accuracy" in capsys.readouterr().out
+
+
+def test_several_calls_add_to_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one checkpoint and preset; anything else is refused before a question is asked."""
+    file, images = write_pope(tmp_path / "pope")
+    mmvp_data = ["--mmvp-data", str(write_mmvp(tmp_path / "mmvp", MMVP_ROWS))]
+    pope_data = ["--framework", "builtin", "--pope-data", str(file), "--pope-images", str(images)]
+    output = tmp_path / "results"
+    assert run("mmvp", output, *mmvp_data, "--limit", "2") == 0
+    assert run("pope", output, *pope_data) == 0
+    table = (output / "results.md").read_text()
+    assert "| MMVP | builtin |" in table
+    assert "| POPE | builtin * |" in table
+    assert "Only the first questions were asked: MMVP 2." in table
+    assert run("mmvp", output, *mmvp_data) == 0
+    written = (output / "results.json").read_text()
+    assert [(e["benchmark"], e["settings"]["limit"]) for e in json.loads(written)["results"]] == [
+        ("mmvp", None),
+        ("pope", None),
+    ]
+
+    capsys.readouterr()
+    other = str(golden.checkpoint_dir("llama_clip"))
+    for words in ({"checkpoint": other}, {}):
+        assert run("mmvp", output, *mmvp_data, *([] if words else ["--preset", "published"]), **words) == 1
+        assert "name another folder with --output" in error(capsys)
+    assert (output / "results.json").read_text() == written
 
 
 def test_sampling_is_the_published_preset_and_repeatable(tmp_path: Path) -> None:
@@ -108,6 +136,38 @@ def test_frameworks_that_are_not_installed(
     assert "lmms-eval is not installed: pip install" in error(capsys)
     assert run("seed", tmp_path / "results") == 1
     assert "VLMEvalKit is not installed: git clone" in error(capsys)
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both frameworks can be found, and import a module that is not there."""
+    for name in ("lmms_eval/evaluator.py", "vlmeval/config.py"):
+        package = (tmp_path / "broken" / name).parent
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (tmp_path / "broken" / name).write_text("import left_out_by_mistake\n")
+    (tmp_path / "broken" / "run.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("lmms_eval", "vlmeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("lmms_eval", "vlmeval")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("task", "framework", "install"),
+    [("gqa", "lmms-eval", "pip install --no-deps lmms_eval"), ("seed", "vlmevalkit", "pip install -e VLMEvalKit")],
+)
+def test_frameworks_that_are_not_installed_completely(
+    task: str, framework: str, install: str, broken: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results"
+    assert run(task, output) == 1
+    message = error(capsys)
+    assert f"{framework} cannot import left_out_by_mistake (ModuleNotFoundError: No module named" in message
+    assert install in message
+    assert not (output / "results.json").exists()
 
 
 def test_built_in_tasks_refuse_torchrun(

@@ -13,7 +13,7 @@ from megatron_ross.checkpoint.manifest import write_latest
 from megatron_ross.evaluation.benchmarks import benchmarks, job
 from megatron_ross.evaluation.errors import FrameworkError, framework_errors
 from megatron_ross.evaluation.exports import exported_folder
-from megatron_ross.evaluation.results import markdown, published, result
+from megatron_ross.evaluation.results import published
 from tests.helpers import golden
 from tests.helpers.variants import Stored, make_variant
 
@@ -87,24 +87,6 @@ def test_every_benchmark_is_published_with_a_framework_that_has_it() -> None:
     assert {name for figures in published().values() for name in figures} <= set(benchmarks())
 
 
-def test_the_table_stands_beside_the_published_figures() -> None:
-    entries = [
-        result(job("gqa"), {"exact_match": 0.655, "other": 1.0}),
-        result(job("pope", "lmms-eval"), {"pope_accuracy": 0.5}),
-        result(job("mme", "lmms-eval"), {"mme_score": 1500.0}),
-    ]
-    table = markdown({"checkpoint": "run", "preset": "default"}, entries).splitlines()
-    header = [cell.strip() for cell in table[0].split("|")]
-    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in table[2:5]}
-    assert rows["GQA"][header.index("this checkpoint")] == "65.5"
-    assert rows["GQA"][header.index("Ross-7B")] == "65.5"
-    assert rows["GQA"][header.index("LLaVA-v1.5-13B")] == "63.3"
-    assert rows["POPE"][2] == "lmms-eval *"
-    assert rows["POPE"][header.index("Ross-13B")] == "88.7"
-    assert rows["mme"][3:] == [""] * (len(header) - 3)
-    assert "* not the framework of the published figures" in table[-1]
-
-
 class RetryError(Exception):
     """Like tenacity's: the cause is inside."""
 
@@ -120,19 +102,30 @@ class RetryError(Exception):
         (SystemExit(2), r"x failed in t \(SystemExit: 2\)"),
         (RetryError(ConnectionError("no network")), r"the data of t for x is missing \(ConnectionError: no network\)"),
         (FileNotFoundError("a.tsv"), "the data of t for x is missing"),
+        (
+            ModuleNotFoundError("No module named 'y'", name="y"),
+            "x cannot import y .*: install what is missing, or the framework again: pip install x; traceback in",
+        ),
+        (ImportError("undefined symbol"), r"x cannot import one of its modules \(ImportError: undefined symbol\)"),
     ],
 )
 def test_crashes_become_one_line(raised: BaseException, message: str, tmp_path: Path) -> None:
-    with pytest.raises(FrameworkError, match=message), framework_errors("x", "t", tmp_path):
+    with pytest.raises(FrameworkError, match=message), framework_errors("x", "t", tmp_path, "pip install x"):
         raise raised
     assert type(raised).__name__ in (tmp_path / "error.log").read_text()
 
 
 def test_the_document_lists_every_benchmark(repository: Path) -> None:
-    text = (repository / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    rows = {row.split("|")[1].strip(" `"): row for row in text.splitlines() if row.startswith("| `")}
+    """Its table says what benchmarks.yaml does."""
+    lines = (repository / "docs" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("| `--tasks` |")))
+    rows = [[cell.strip().replace("`", "") for cell in line.split("|")[1:-1]] for line in lines[start:]]
+    listed = {row[0]: row[1:] for row in rows[2 : rows.index([])]}
+    expected = {}
     for benchmark in benchmarks().values():
-        for framework, task in benchmark.frameworks.items():
-            if framework != "builtin":
-                assert f"`{task.task}`" in rows[benchmark.name]
-        assert f"| {benchmark.published_with} |" in rows[benchmark.name]
+        lmms, kit = (benchmark.frameworks.get(name) for name in ("lmms-eval", "vlmevalkit"))
+        expected[benchmark.name] = [benchmark.label, benchmark.published_with]
+        expected[benchmark.name] += [lmms.task, lmms.downloads] if lmms else ["", ""]
+        expected[benchmark.name] += [kit.task if kit else ""]
+        assert kit is None or kit.downloads == f"{kit.task}.tsv"
+    assert listed == expected

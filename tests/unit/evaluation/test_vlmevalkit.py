@@ -23,7 +23,7 @@ from tests.helpers import golden
 PICTURE = golden.GOLDEN / "preprocess" / "images" / "landscape.png"
 CHECKPOINT = str(golden.checkpoint_dir("llama_clip"))
 
-# A VLMEvalKit of three files. Its run.py swallows errors and ends with status 0, as the real one does.
+# A small VLMEvalKit. As the real one's, its run.py swallows errors, ends with status 0, and scores on rank 0 only.
 FAKE = {
     "vlmeval/__init__.py": "",
     "vlmeval/config.py": "supported_VLM = {}\n",
@@ -41,7 +41,7 @@ class BaseModel:
         return self.dump_image_func(line)
 """,
     "run.py": """
-import argparse, json, pathlib
+import argparse, json, os, pathlib
 from vlmeval.config import supported_VLM
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", nargs="+")
@@ -65,7 +65,8 @@ for name in args.data:
         (folder / f"{args.model[0]}_{name}.json").write_text(json.dumps([message, answer]))
         if name == "POPE":
             raise KeyError("category")
-        (folder / f"{args.model[0]}_{name}_acc.csv").write_text('"split","Overall"\\n"none","0.25"\\n')
+        if os.environ.get("RANK", "0") == "0":
+            (folder / f"{args.model[0]}_{name}_acc.csv").write_text('"split","Overall"\\n"none","0.25"\\n')
     except Exception as error:
         print("failed:", error)
 """,
@@ -178,6 +179,29 @@ def test_one_command_and_what_run_py_does_not_say(
     assert evaluate("pope", tmp_path / "other") == 1
     assert "error: vlmevalkit left no score of POPE" in capsys.readouterr().err
     assert not (tmp_path / "other" / "results.json").exists()
+
+
+def test_ranks_but_the_first_leave_the_results_to_it(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DECODING", Decoding(8))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate("ai2d", tmp_path / "results") == 0
+    assert list((tmp_path / "results").rglob("megatron_ross_AI2D_TEST.json")), "it answers, too"
+    assert not list((tmp_path / "results").glob("results.*"))
+    assert "results.md" not in capsys.readouterr().out
+
+
+def test_a_result_file_without_the_metric_of_the_table(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DECODING", Decoding(8))
+    assert evaluate("mmmu", tmp_path / "results") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: vlmevalkit gave no validation.Overall of mmmu, only none.Overall")
+    (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert entry["scores"] == {"none.Overall": 0.25}
 
 
 def test_run_py_that_is_not_there(vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

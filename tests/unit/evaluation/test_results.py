@@ -1,0 +1,122 @@
+"""Tables of scores beside the published ones: what is marked, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ross.evaluation.benchmarks import benchmarks, job
+from megatron_ross.evaluation.errors import FrameworkError
+from megatron_ross.evaluation.results import (
+    Result,
+    check_headlines,
+    earlier_results,
+    markdown,
+    result,
+    write_results,
+)
+
+
+def settings(preset: str = "published", **given: Any) -> dict[str, Any]:
+    return {"checkpoint": "run", "export": "/run-ross", "preset": preset, "limit": None, **given}
+
+
+def row(table: str, label: str) -> dict[str, str]:
+    """A line of the table by the heads of its columns."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    (found,) = (line for line in lines if line[0] == label)
+    return dict(zip(lines[0], found, strict=True))
+
+
+def test_the_table_stands_beside_the_published_figures() -> None:
+    entries = [
+        result(job("gqa"), {"exact_match": 0.655, "other": 1.0}, settings()),
+        result(job("pope", "lmms-eval"), {"pope_f1_score": 0.5, "pope_accuracy": 0.25}, settings()),
+        result(job("mme", "lmms-eval"), {"mme_score": 1500.0}, settings()),
+    ]
+    table = markdown(entries)
+    gqa, pope, mme = (row(table, label) for label in ("GQA", "POPE", "mme"))
+    assert (gqa["framework"], gqa["this checkpoint"], gqa["Ross-7B"]) == ("lmms-eval", "65.5", "65.5")
+    assert gqa["LLaVA-v1.5-13B"] == "63.3"
+    assert (pope["framework"], pope["this checkpoint"], pope["Ross-13B"]) == ("lmms-eval *", "50.0", "88.7")
+    assert set(mme.values()) == {"mme", "lmms-eval", ""}
+    assert "* not the framework of the published figures" in table
+    assert "†" not in table
+    assert [entry.as_published for entry in entries] == [True, False, True]
+
+
+def test_another_preset_than_the_published_one_is_marked() -> None:
+    entry = result(job("gqa"), {"exact_match": 0.655}, settings("default"))
+    table = markdown([entry])
+    assert not entry.as_published
+    assert row(table, "GQA")["this checkpoint †"] == "65.5"
+    assert "† not asked as for the published figures: `--preset published` does that" in table
+    assert "* not" not in table
+
+
+@pytest.mark.parametrize(
+    ("framework", "scores"),
+    [
+        ("builtin", {"f1": 62.5, "accuracy": 1.0}),
+        ("lmms-eval", {"pope_f1_score": 0.625, "pope_accuracy": 0.01}),
+        ("vlmevalkit", {"Overall.Overall": 62.5, "Overall.acc": 1.0}),
+    ],
+)
+def test_pope_is_compared_by_f1_in_percent(framework: Any, scores: dict[str, float]) -> None:
+    """VLMEvalKit's Overall of POPE, which was published, is F1."""
+    assert result(job("pope", framework), scores, settings()).percent == pytest.approx(62.5)
+
+
+def test_a_known_benchmark_without_its_headline_is_refused() -> None:
+    lacking = result(job("gqa"), {"em": 0.5, "f1": 0.25}, settings())
+    with pytest.raises(FrameworkError, match="lmms-eval gave no exact_match of gqa, only em, f1: "):
+        check_headlines([lacking])
+    check_headlines([result(job("mme", "lmms-eval"), {"mme_score": 1.0}, settings())])
+
+
+def write(folder: Path, *entries: Result) -> None:
+    """As one call of the tool does."""
+    write_results(folder, [*earlier_results(folder, entries[0].settings), *entries])
+
+
+def test_calls_add_to_a_folder(tmp_path: Path) -> None:
+    """Another framework's scores of a benchmark stay, those of the same are replaced."""
+    write(tmp_path, result(job("gqa"), {"exact_match": 0.25}, settings(limit=8)))
+    write(tmp_path, result(job("pope", "builtin"), {"f1": 50.0}, settings()))
+    write(tmp_path, result(job("pope"), {"Overall.Overall": 75.0}, settings()))
+    write(tmp_path, result(job("gqa"), {"exact_match": 0.5}, settings()))
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert (stored["export"], stored["preset"]) == ("/run-ross", "published")
+    found = [(e["benchmark"], e["framework"], e["percent"]) for e in stored["results"]]
+    assert found == [("gqa", "lmms-eval", 50.0), ("pope", "builtin", 50.0), ("pope", "vlmevalkit", 75.0)]
+    table = (tmp_path / "results.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| GQA", "| POPE", "| POPE"]
+    assert "Only the first" not in table
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md"}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (settings("default"), "of /run-ross with preset published, not of /run-ross with preset default: name another"),
+        (settings(export="/b"), "not of /b with preset published: name another folder with --output"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(other: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, result(job("gqa"), {"exact_match": 0.25}, settings()))
+    with pytest.raises(ValueError, match=message):
+        earlier_results(tmp_path, other)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"results": [{"benchmark": "gqa"}]}', '{"results": 1}'])
+def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds no results that can be added to .*: remove it, or name"):
+        earlier_results(tmp_path, settings())
+
+
+def test_every_headline_can_be_shown_in_percent() -> None:
+    assert {task.scale for b in benchmarks().values() for task in b.frameworks.values()} == {1, 100}
