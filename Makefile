@@ -56,7 +56,8 @@ test-slow: $(READY) ## the tests that take minutes each
 test-layouts: $(READY) ## every parallel layout against one process, the full product
 	@$(BIN)/python $(PYTEST) -m layouts
 
-test-faults: $(READY) ## kill ranks, lose machines, stop runs: real torchrun processes, one test at a time
+test-faults: $(READY) ## all of docs/reliability.md: kills, lost machines, full disks, hostile input; one test at a time
+	@$(BIN)/python -m pytest tests/distributed/test_reliability.py tests/fuzz
 	@$(BIN)/python -m pytest -m faults
 
 test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, without network

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+Told = TypeVar("Told")
 
 
 class CheckpointError(RuntimeError):
@@ -23,6 +26,13 @@ def run_on_rank_0(action: Callable[[], None], what: str, cleanup: Path | None = 
         except (OSError, ValueError) as caught:
             error = caught
     raise_together(error, what, cleanup)
+
+
+def told_by_rank_0(value: Told) -> Told:
+    """What rank 0 gave, on every rank. A collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def raise_together(error: BaseException | None, what: str, cleanup: Path | None = None) -> None:

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ross.checkpoint.agreement import CheckpointError, raise_together
 from megatron_ross.checkpoint.checksums import verify_files
-from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.checkpoint.model_state import load_model_state
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from megatron_ross.checkpoint.reader import check_loadable
-from megatron_ross.checkpoint.retention import complete_iterations
+from megatron_ross.checkpoint.retention import earlier_checkpoint
 from megatron_ross.checkpoint.state import merged_model_state
 from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
@@ -61,13 +61,6 @@ def verify_checkpoint(directory: Path) -> None:
             error = caught
         raise_together(error, f"use {current}{earlier_checkpoint(current)}")
         current = base_of(current)
-
-
-def earlier_checkpoint(directory: Path) -> str:
-    """Words that offer the complete checkpoint before `directory`, or say that there is none."""
-    iterations = complete_iterations(directory.parent)
-    earlier = [path for i in iterations if (path := iteration_dir(directory.parent, i)) < directory]
-    return f" (to go on from the one before: load={earlier[-1]})" if earlier else " (there is none before it)"
 
 
 def _load_model(directory: Path, stages: list[RossStage]) -> None:

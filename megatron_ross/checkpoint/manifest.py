@@ -8,6 +8,7 @@ are used here, so tools can look at a checkpoint without loading torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,8 @@ ASSETS_NAME = "assets"
 CHECKPOINTS_NAME = "checkpoints"
 """Folder of the checkpoints in a run folder."""
 LATEST_NAME = "latest_checkpointed_iteration.txt"
+_CHECKSUM_FIELD = "sha256"
+"""Of the manifest itself; the other files' checksums are in `files`."""
 _MAX_ITERATION = 10**12
 _MAX_LATEST_CHARACTERS = 100
 _RECORDED_PACKAGES = ("megatron-ross", "megatron-core", "torch")
@@ -62,15 +65,17 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, iteration_dir: Path) -> None:
-        """Write `iteration_dir/manifest.json` atomically."""
-        _replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write `iteration_dir/manifest.json` atomically, with a checksum of its own."""
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))  # as `read` finds them: no tuples, all keys text
+        fields[_CHECKSUM_FIELD] = _checksum(fields)
+        _replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(fields, indent=1) + "\n")
 
     @classmethod
     def read(cls, iteration_dir: Path) -> Manifest:
         """Read `iteration_dir/manifest.json`.
 
         Raises:
-            ValueError: the file is missing, is not a manifest, describes an impossible model, or has a newer format.
+            ValueError: the file is missing, damaged, no manifest, of a newer format, or describes an impossible model.
         """
         path = Path(iteration_dir) / MANIFEST_NAME
         if not path.is_file():
@@ -82,16 +87,32 @@ class Manifest:
                     f"has format_version {shown(fields['format_version'])}, this version reads up to {FORMAT_VERSION}: "
                     "update megatron_ross"
                 )
+            _check_checksum(fields)
             fields["model"] = RossModelConfig.from_dict(fields["model"])
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
             manifest = cls(**fields)
             _check_types(manifest)
             check_model(manifest.model)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a Megatron-Ross manifest: {type(error).__name__} {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return manifest
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields in one spelling, whatever the file's line breaks."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_checksum(fields: dict[str, Any]) -> None:
+    """Take the manifest's own checksum out of `fields`. Raises ValueError if it is that of other fields.
+
+    A manifest from before there were such checksums has none; a damaged name of the field is an unknown field.
+    """
+    expected = fields.pop(_CHECKSUM_FIELD, None)
+    if expected is not None and expected != _checksum(fields):
+        raise ValueError(f"is damaged: its {_CHECKSUM_FIELD} is not that of its other fields")
 
 
 def _check_types(manifest: Manifest) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megatron_ross.checkpoint.manifest import MANIFEST_NAME, Manifest, iteration_dir
 
+PARTIAL_SUFFIX = ".incomplete"
+"""Of the folder of a checkpoint that is being written."""
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -15,6 +17,13 @@ def complete_iterations(root: Path) -> list[int]:
     """Iterations with a complete checkpoint below `root`, oldest first."""
     matches = ((path, _NAME.fullmatch(path.name)) for path in root.glob("iter_*"))
     return sorted(int(match[1]) for path, match in matches if match and (path / MANIFEST_NAME).is_file())
+
+
+def earlier_checkpoint(directory: Path) -> str:
+    """Words that offer the complete checkpoint before `directory`, or say that there is none."""
+    iterations = complete_iterations(directory.parent)
+    earlier = [path for i in iterations if (path := iteration_dir(directory.parent, i)) < directory]
+    return f" (to go on from the one before: load={earlier[-1]})" if earlier else " (there is none before it)"
 
 
 def superseded(iterations: list[int], retain_last: int | None, retain_interval: int | None) -> list[int]:
@@ -52,6 +61,23 @@ def remove_checkpoint(directory: Path) -> None:
     """Delete a complete checkpoint. Raises OSError: a file cannot be removed."""
     (directory / MANIFEST_NAME).unlink()  # from here on it is no checkpoint, should the rest be interrupted
     shutil.rmtree(directory)
+
+
+def remove_leftovers(root: Path) -> list[str]:
+    """Delete what killed processes left below `root`; returns the names that went.
+
+    A save leaves `iter_N.incomplete`, a removal `iter_N` without a manifest. Nothing may be saving there.
+    """
+    found = [path for path in root.glob("iter_*") if _is_leftover(path)]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)  # one that stays costs space, and no more
+    return sorted(path.name for path in found if not path.exists())
+
+
+def _is_leftover(path: Path) -> bool:
+    named = _NAME.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX)) is not None
+    complete = not path.name.endswith(PARTIAL_SUFFIX) and (path / MANIFEST_NAME).is_file()
+    return named and not complete and path.is_dir() and not path.is_symlink()
 
 
 def _bases(root: Path, iterations: list[int]) -> set[Path]:

@@ -22,10 +22,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0
+from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0, told_by_rank_0
 from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, MANIFEST_NAME, Manifest, iteration_dir, write_latest
-from megatron_ross.checkpoint.retention import remove_checkpoint, remove_superseded
+from megatron_ross.checkpoint.retention import PARTIAL_SUFFIX, remove_checkpoint, remove_leftovers, remove_superseded
 from megatron_ross.checkpoint.writer import InProcessSave
 
 
@@ -80,6 +80,14 @@ class CheckpointSaver:
         """This rank's part of the pending save is not on disk yet."""
         return self._pending is not None and not self._pending.written.done()
 
+    def remove_leftovers(self) -> list[str]:
+        """Remove what killed processes left in the root, before the first save; the names of what went.
+
+        The save that a process was killed in may never be repeated: its partial would stay for ever.
+        """
+        assert self._pending is None, "a save is being written"
+        return told_by_rank_0(remove_leftovers(self.root) if dist.get_rank() == 0 else [])
+
     def save(self, manifest: Manifest, state: ShardedStateDict) -> None:
         """Begin to write ROOT/iter_N; `finish` ends it. Asynchronous saves return when the state is copied.
 
@@ -91,7 +99,7 @@ class CheckpointSaver:
         assert self._pending is None, "the save before was not finished"
         begin = time.perf_counter()
         partial = iteration_dir(self.root, manifest.iteration)
-        partial = partial.with_name(partial.name + ".incomplete")
+        partial = partial.with_name(partial.name + PARTIAL_SUFFIX)
         run_on_rank_0(lambda: _start_folder(partial), f"prepare {partial}")
         strategy = InProcessSave(self._group, copy=self.policy.async_save)
         write: Callable[[], None] | None = None
@@ -149,6 +157,7 @@ class CheckpointSaver:
         )
         removed: list[int] = []
         run_on_rank_0(lambda: removed.extend(self._remove_superseded()), f"remove old checkpoints of {self.root}")
+        removed = told_by_rank_0(removed)
         now = time.perf_counter()
         return SavedCheckpoint(directory, pending.stall + now - resumed, now - pending.begin, removed)
 

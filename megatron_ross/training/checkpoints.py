@@ -52,6 +52,7 @@ class RunCheckpoints:
         training = run.training
         self.root = Path(training.save) / CHECKPOINTS_NAME
         self.stall_seconds = 0.0
+        self._has_saved = False
         self._stops = training.save_failure == "stop"
         self._say = say
         policy = SavePolicy(training.async_save, training.save_retain_last, training.save_retain_interval)
@@ -72,6 +73,9 @@ class RunCheckpoints:
             CheckpointError: it failed, and `save_failure` is `stop` or it `is_last`.
         """
         self.finish()
+        if not self._has_saved:
+            self._has_saved = True
+            self._remove_leftovers()
         try:
             self._saver.save(snapshot.manifest, snapshot.state())
         except CheckpointError as error:
@@ -79,6 +83,11 @@ class RunCheckpoints:
             return
         if is_last or not self._saver.policy.async_save:
             self.finish(is_last=is_last)
+
+    def _remove_leftovers(self) -> None:
+        names = self._saver.remove_leftovers()
+        if names:
+            self._say(f"removed what an interrupted run left in {self.root}: {', '.join(names)}")
 
     def finish(self, *, is_last: bool = False) -> None:
         """End the pending save, if there is one."""

@@ -51,12 +51,11 @@ def _train(argv: Sequence[str], world_size: int) -> None:
 
     validate_run(run, world_size)
     resolve_features(run, probe())
-    from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
     from megatron_ross.training.checkpoints import prepare_run_folder
     from megatron_ross.training.latents import check_latent_cache
-    from megatron_ross.training.start import start_path
+    from megatron_ross.training.start import start_manifest
 
-    manifest = Manifest.read(resolve_checkpoint(start_path(run)))
+    manifest = start_manifest(run)
     layout = resolve_layout(run, manifest.model, world_size)
     check_latent_cache(run)
     if run.training.save:

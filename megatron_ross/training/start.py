@@ -8,10 +8,11 @@ from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
     MANIFEST_NAME,
+    Manifest,
     iteration_dir,
     resolve_checkpoint,
 )
-from megatron_ross.checkpoint.retention import complete_iterations
+from megatron_ross.checkpoint.retention import complete_iterations, earlier_checkpoint
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 
@@ -22,6 +23,19 @@ def start_path(run: RunConfig) -> Path:
         return checkpoints_of(run.training.init_from)
     root = checkpoints_of(run.training.load)
     return _unnamed(root) or root
+
+
+def start_manifest(run: RunConfig) -> Manifest:
+    """Of the checkpoint that the run starts from.
+
+    Raises:
+        ValueError: it cannot be used; to a run that resumes, the message offers the checkpoint before.
+    """
+    directory = resolve_checkpoint(start_path(run))
+    try:
+        return Manifest.read(directory)
+    except ValueError as error:
+        raise ValueError(f"{error}{earlier_checkpoint(directory) if is_resume(run) else ''}") from None
 
 
 def is_resume(run: RunConfig) -> bool:

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_ross.checkpoint import saver
 from megatron_ross.checkpoint.agreement import CheckpointError
-from megatron_ross.checkpoint.manifest import resolve_checkpoint
+from megatron_ross.checkpoint.checksums import verify_files
+from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
+from megatron_ross.checkpoint.saver import CheckpointSaver, SavePolicy
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
+from tests.helpers.golden import model_config
 from tests.helpers.toy_run import two_stage_settings, with_trainer
 
 DECODERS = ["pillow", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
@@ -46,6 +52,34 @@ def test_a_save_forks_no_process(decoder: str, settings: dict[str, Any], tmp_pat
     assert open_checkpoint(tmp_path / "checkpoints").manifest.iteration == 1
 
 
+def _look_when_latest_is_written(rank: int, world_size: int, folder: Path, is_async: bool) -> list[str]:
+    """Save one tensor; the checkpoints that were found complete when `latest` was about to be written."""
+    (folder / "assets").mkdir(exist_ok=True)
+    (folder / "assets" / "tokenizer.json").write_text("{}")
+    write_latest, complete = saver.write_latest, []
+
+    def look(root: Path, iteration: int) -> None:
+        directory = resolve_checkpoint(iteration_dir(root, iteration))
+        verify_files(directory, Manifest.read(directory).files)
+        complete.append(directory.name)
+        write_latest(root, iteration)
+
+    saver.write_latest = look
+    checkpoints = CheckpointSaver(folder / "root", folder / "assets", SavePolicy(is_async))
+    tensor = ShardedTensor.from_rank_offsets("x", torch.ones(4), (0, rank, world_size))
+    checkpoints.save(Manifest(3, model_config("qwen2_siglip")), {"x": tensor})
+    checkpoints.finish()
+    checkpoints.close()
+    return complete
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["foreground", "asynchronous"])
+def test_latest_is_written_last(is_async: bool, tmp_path: Path) -> None:
+    """When it is, every file of the checkpoint is in place, as its manifest has it, under its name."""
+    assert run_ranks(_look_when_latest_is_written, 2, tmp_path, is_async) == [["iter_0000003"], []]
+    assert resolve_checkpoint(tmp_path / "root").name == "iter_0000003"
+
+
 def _save_twice(rank: int, world_size: int, flat: dict[str, Any]) -> str:
     """The second save runs against a limit on one rank; returns the error each rank saw."""
 
@@ -68,6 +102,8 @@ def _save_twice(rank: int, world_size: int, flat: dict[str, Any]) -> str:
 
 
 def test_a_failed_save_fails_all_ranks_and_leaves_the_last_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What a killed run left beside it goes with the first save."""
+    (tmp_path / "checkpoints" / "iter_0000007.incomplete").mkdir(parents=True)
     messages = run_ranks(_save_twice, 2, settings | {"save": str(tmp_path)})
     for message in messages:
         assert "iter_0000002" in message

@@ -1,13 +1,17 @@
-"""TransformerEngine's layers, attention, FP8 and optimizers on a GPU, against local layers with PyTorch's attention.
+"""What only a GPU can run: TransformerEngine's layers, attention, FP8 and optimizers, and Megatron's straggler report.
 
-All variants start from the same weights and see the same microbatches. Bounds are guesses for bf16 and FP8 until these
-tests have run on a GPU.
+The former are compared with local layers and PyTorch's attention. All variants start from the same weights and see the
+same microbatches. Bounds are guesses for bf16 and FP8 until these tests have run on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from tests.helpers.batches import make_batch
 from tests.helpers.distributed import run_ranks
 from tests.helpers.golden import model_config
 from tests.helpers.runs import SETTINGS, Session
+from tests.helpers.toy_run import train, two_stage_settings
 
 STEPS = 4
 LOCAL = {"bf16": True, "micro_batch_size": 4, "transformer_impl": "local", "optimizer_impl": "torch"}
@@ -53,8 +58,8 @@ FP8_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_transformer_engine() -> None:
+@pytest.fixture
+def transformer_engine() -> None:
     if not probe().transformer_engine:
         pytest.skip(f"TransformerEngine: {probe().transformer_engine_error or 'not installed'}")
 
@@ -152,6 +157,7 @@ def assert_close(results: dict[str, tuple[list[float], torch.Tensor]], *, loss: 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("transformer_engine")
 def test_bf16_variants() -> None:
     variants = {"reference": LOCAL, **BF16_VARIANTS}
     if probe().flash_attention:
@@ -160,6 +166,7 @@ def test_bf16_variants() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("transformer_engine")
 def test_packed_samples_are_kept_apart() -> None:
     names = ("PyTorch's attention", "attention as TransformerEngine likes", "cuDNN attention", "recomputed")
     variants = {"reference": LOCAL, **{name: BF16_VARIANTS[name] for name in names}}
@@ -172,6 +179,7 @@ def test_packed_samples_are_kept_apart() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("transformer_engine")
 def test_fp8_variants() -> None:
     if (probe().gpu or (0, 0)) < (8, 9):
         pytest.skip("FP8 needs compute capability 8.9")
@@ -179,3 +187,20 @@ def test_fp8_variants() -> None:
     variants = {name: flat for name, flat in FP8_VARIANTS.items() if blockwise or name != "blockwise"}
     results = run_ranks(outcomes, 1, {"reference": LOCAL, **variants}, padded, backend="nccl")[0]
     assert_close(results, loss=5e-2, cosine=0.9)
+
+
+def straggler_report(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """What is printed while the run trains."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train(rank, world_size, flat) == ""
+    return printed.getvalue()
+
+
+@pytest.mark.gpu
+def test_the_straggler_report_is_printed(tmp_path: Path) -> None:
+    """With every log line, Megatron's: time, power, temperature and throughput of the slowest and the fastest rank."""
+    pytest.importorskip("pynvml", reason="the straggler report needs nvidia-ml-py")
+    flat = two_stage_settings(tmp_path) | {"pipeline_model_parallel_size": 1, "layout": "VEt*4NDH"}
+    flat |= {"bf16": True, "log_straggler": True, "log_interval": 1, "train_iters": 2}
+    (printed,) = run_ranks(straggler_report, 1, flat, backend="nccl")
+    assert len(re.findall(r"MnRtt/Rnk: .*MxPwr/Rnk: .*MxEtpt/Rnk: \d+\.\d+TF/0", printed)) == 2

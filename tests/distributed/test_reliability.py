@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,11 +23,12 @@ from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
+from megatron_ross.checkpoint.saver import SavedCheckpoint
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.toy_run import curve, train, two_stage_settings, with_trainer
 
-SLOW_DISK_S = 2.0  # several steps
+SLOW_DISK_S = 20.0  # longer than a step takes
 SMALL_FILE = 50_000  # bytes; less than any rank's share
 HANG_S = 15.0
 
@@ -36,16 +38,48 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return two_stage_settings(tmp_path_factory.mktemp("run")) | {"train_iters": 6, "log_interval": 1}
 
 
-def _train_on_a_slow_disk(rank: int, world_size: int, flat: dict[str, Any]) -> str:
-    """Nothing is written before training has gone on for a while: a checkpoint of live tensors would be a later one."""
-    write = writer._write
+def _train_on_a_slow_disk(rank: int, world_size: int, flat: dict[str, Any]) -> list[tuple[int, int]]:
+    """Nothing is written before training has gone on: a checkpoint of live tensors would be a later one.
 
-    def late(*args: Any) -> None:
-        time.sleep(SLOW_DISK_S)
-        write(*args)
+    Returns the iterations at the begin and at the end of every write. A save that blocks waits for the whole time.
+    """
+    spans = []
 
-    writer._write = late
-    return train(rank, world_size, flat)
+    def act(trainer: Trainer) -> list[tuple[int, int]]:
+        write = writer._write
+
+        def late(*args: Any) -> None:
+            begin, limit = trainer.iteration, time.monotonic() + SLOW_DISK_S
+            while begin == trainer.iteration < trainer.train_iters and time.monotonic() < limit:
+                time.sleep(0.01)
+            write(*args)
+            spans.append((begin, trainer.iteration))
+
+        writer._write = late
+        trainer.train()
+        return spans
+
+    return with_trainer(flat, act)
+
+
+def _train_and_time_saves(rank: int, world_size: int, flat: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of every save, seconds that training stood still, and seconds until it was done."""
+    times = []
+
+    def act(trainer: Trainer) -> list[tuple[float, float]]:
+        checkpoints = trainer.checkpoints
+        assert checkpoints is not None
+        report = checkpoints._report
+
+        def noted(saved: SavedCheckpoint) -> None:
+            times.append((saved.stall_seconds, saved.total_seconds))
+            report(saved)
+
+        checkpoints._report = noted  # type: ignore[method-assign]
+        trainer.train()
+        return times
+
+    return with_trainer(flat, act)
 
 
 def _losses(folder: Path) -> list[tuple[Any, ...]]:
@@ -69,7 +103,9 @@ def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 def test_asynchronous_saves_change_nothing(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """The same losses and checkpoints, although training went on while they were written; and old ones go."""
     flat = settings | {"save": str(tmp_path), "save_interval": 2, "async_save": True, "save_retain_last": 2}
-    assert run_ranks(_train_on_a_slow_disk, 2, flat) == ["", ""]
+    for first, second, _ in run_ranks(_train_on_a_slow_disk, 2, flat):  # the third is the last of the run
+        assert 2 <= first[0] < first[1]
+        assert 4 <= second[0] < second[1]
     assert _losses(tmp_path) == _losses(whole)
     assert all(_stalls(folder) > 0 for folder in (tmp_path, whole))
     assert complete_iterations(tmp_path / "checkpoints") == [4, 6]
@@ -81,9 +117,13 @@ def test_asynchronous_saves_change_nothing(whole: Path, settings: dict[str, Any]
     assert not list((tmp_path / "checkpoints").glob("*.incomplete"))
 
 
-def test_a_run_resumes_from_an_asynchronous_checkpoint(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_resumes_from_an_asynchronous_checkpoint(
+    whole: Path, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flat = settings | {"save": str(tmp_path), "async_save": True, "save_interval": 2}
-    run_ranks(train, 2, flat)
+    times = run_ranks(_train_and_time_saves, 2, flat)[0][:-1]  # nothing goes on beside the last one
+    with capsys.disabled():
+        print("".join(f"\nsave of {total:.2f} s: training stood still {stall:.2f} s" for stall, total in times))
     load = str(tmp_path / "checkpoints" / "iter_0000004")
     (got, _) = run_ranks(curve, 2, settings | {"load": load, "init_from": "", "verify_checkpoint": True}, 2)
     assert [tuple(row) for row in got["losses"]] == [row[1:] for row in _losses(whole)[4:]]
@@ -151,28 +191,54 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def _change_a_digit(path: Path) -> None:
+    """Of a manifest: what is left is a good one of another iteration."""
+    text = path.read_text()
+    assert text.count('"iteration": 4') == 1
+    path.write_text(text.replace('"iteration": 4', '"iteration": 5'))
+
+
+@pytest.fixture(scope="module")
+def saved_twice(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of iterations 2 and 4."""
+    folder = tmp_path_factory.mktemp("twice")
+    assert run_ranks(train, 2, settings | {"save": str(folder), "save_interval": 2, "train_iters": 4}) == ["", ""]
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("victim", "damage", "says"),
     [
-        pytest.param(_flip, "is damaged", id="flipped bit"),
-        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-5000]), "", id="truncated"),
-        pytest.param(Path.unlink, "is missing", id="missing"),
+        pytest.param("__1_*.distcp", _flip, "is damaged", id="data, flipped bit"),
+        pytest.param("__1_*.distcp", _cut, "", id="data, truncated"),
+        pytest.param("__1_*.distcp", Path.unlink, "is missing", id="data, missing"),
+        pytest.param(".metadata", _flip, "is damaged", id="index, flipped bit"),
+        pytest.param("common.pt", _flip, "is damaged", id="common state, flipped bit"),
+        pytest.param("manifest.json", _change_a_digit, "is damaged", id="manifest, changed digit"),
+        pytest.param("manifest.json", _cut, "is not valid JSON", id="manifest, truncated"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
-    damage: Any, says: str, settings: dict[str, Any], tmp_path: Path
+    victim: str, damage: Any, says: str, settings: dict[str, Any], saved_twice: Path, tmp_path: Path
 ) -> None:
-    run_ranks(train, 2, settings | {"save": str(tmp_path), "save_interval": 2, "train_iters": 4})
-    latest = resolve_checkpoint(tmp_path / "checkpoints")
-    (victim,) = latest.glob("__1_*.distcp")
-    damage(victim)
+    shutil.copytree(saved_twice, tmp_path, dirs_exist_ok=True)
+    (path,) = resolve_checkpoint(tmp_path / "checkpoints").glob(victim)
+    damage(path)
     flat = settings | {"load": str(tmp_path), "init_from": "", "verify_checkpoint": True}
     for message in run_ranks(_load_damaged, 2, flat):
-        assert victim.name in message
+        assert path.name in message
         assert says in message
+        assert "load=" in message
         assert "iter_0000002" in message
-    before = flat | {"load": str(latest.with_name("iter_0000002"))}
-    assert run_ranks(curve, 2, before, 1)[0]["iteration"] == 3
+
+
+def test_the_checkpoint_before_can_be_resumed(settings: dict[str, Any], saved_twice: Path) -> None:
+    before = {"load": str(saved_twice / "checkpoints" / "iter_0000002"), "init_from": "", "verify_checkpoint": True}
+    assert run_ranks(curve, 2, settings | before, 1)[0]["iteration"] == 3
 
 
 def _poison(rank: int, world_size: int, flat: dict[str, Any], steps: dict[int, int]) -> str:

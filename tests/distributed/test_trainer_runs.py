@@ -25,6 +25,7 @@ RESUMED_STEPS = 3
 TP1PP1 = {"layout": "VEt*4NDH"}
 TP2PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "layout": "V|Et*4NDH"}
 PP4 = {"pipeline_model_parallel_size": 4, "layout": "VE|t*2|t*2ND|H"}
+TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "layout": "VEt*4NDH"}
 VPP2 = {"pipeline_model_parallel_size": 2, "layout": "VEt|t|t|tNDH"}
 STAGE1_TP2PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "layout": "VEt*2|t*2NDH"}
 
@@ -116,6 +117,7 @@ def test_resume_in_the_same_layout_is_bitwise(saved: Any) -> None:
     ("ranks", "flat"),
     [
         pytest.param(4, PP4, id="pp4"),
+        pytest.param(4, TP2SP, id="tp2 sp dp2"),
         pytest.param(2, TP1PP1, id="dp2"),
         pytest.param(2, VPP2, id="pp2 vpp2"),
         pytest.param(1, TP1PP1 | {"micro_batch_size": 2}, id="one process"),
@@ -133,6 +135,16 @@ def test_resume_in_another_layout(ranks: int, flat: dict[str, Any], saved: Any) 
         # Adam turns the rounding noise of the k part of this bias, whose gradient is zero, into updates.
         if not name.endswith("attn.qkv.bias"):
             assert relative(got["parameters"][name], expected) < 1e-3, name
+
+
+def test_resume_with_more_tensor_parallelism(alone: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    """Saved by one process, resumed on TP2 with sequence parallelism."""
+    run_ranks(curve, 1, settings | TP1PP1 | {"save": str(tmp_path)}, SAVED_AT, save=True)
+    got = run_ranks(curve, 2, settings | TP2SP | {"load": str(tmp_path), "init_from": ""}, RESUMED_STEPS)[0]
+    assert got["iteration"] == SAVED_AT + RESUMED_STEPS
+    for ours, expected in zip(got["losses"], alone["losses"][SAVED_AT : got["iteration"]], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+        assert ours[:2] == pytest.approx(expected[:2], rel=2e-5)
 
 
 def test_the_layout_of_stage_1_has_a_rank_without_trainable_parameters(

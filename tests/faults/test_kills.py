@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint
 from tests.helpers import faulty_training
 from tests.helpers.distributed import run_ranks
 from tests.helpers.sources import ROOT
@@ -28,7 +28,9 @@ from tests.helpers.toy_run import train, write_data
 from tests.helpers.variants import make_variant
 
 pytestmark = pytest.mark.faults
-NUM_RANKS, ITERATIONS, NUM_RANDOM = 4, 24, 20
+NUM_RANKS, ITERATIONS, SAVE_INTERVAL, NUM_RANDOM = 4, 24, 3, 20
+WRITERS = [0, 2, 3]
+"""Rank 1 has a vision tower's copy: the same as rank 0's, which writes it."""
 START_S, RESTART_S = 900.0, 90.0
 """Limits on a machine that has a lot else to do."""
 
@@ -85,6 +87,10 @@ class Run:
         """Of the last checkpoint."""
         return Manifest.read(resolve_checkpoint(self.folder / "checkpoints"))
 
+    def folders(self) -> list[str]:
+        """Of checkpoints, and of what is none."""
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir() if path.is_dir())
+
     def history(self) -> tuple[list[tuple[Any, ...]], str]:
         """(iteration, losses, gradient norm) of every line of the log, and the digest of the samples seen."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -110,7 +116,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "seq_length": 256,
         "global_batch_size": 4,
         "lr": 1e-3,
-        "save_interval": 3,
+        "save_interval": SAVE_INTERVAL,
+        "save_retain_last": 2,
         "async_save": True,
         "log_interval": 1,
         "tensorboard": False,
@@ -133,31 +140,33 @@ def run(settings: dict[str, Any], tmp_path: Path) -> Run:
     return Run(tmp_path, settings)
 
 
+LAST_TWO = [iteration_dir(Path(), iteration).name for iteration in (ITERATIONS - SAVE_INTERVAL, ITERATIONS)]
 KILLS = [
-    {"ranks": [2], "iteration": 2, "point": "forward"},  # before the first save: starts afresh
-    {"ranks": [0], "iteration": 5, "point": "forward"},
-    {"ranks": [3], "iteration": 6, "point": "optimizer"},
-    {"ranks": [1], "iteration": 9, "point": "write"},
+    {"ranks": [2], "iteration": 3, "point": "half"},  # in the first save: starts afresh
+    {"ranks": [3], "iteration": 5, "point": "optimizer"},
+    {"ranks": [1], "iteration": 9, "point": "sums"},
     {"ranks": [0], "iteration": 12, "point": "publish"},
-    {"ranks": [0, 1, 2, 3], "iteration": 17, "point": "forward"},
+    {"ranks": [0], "iteration": 15, "point": "named"},
+    {"ranks": [0, 1, 2, 3], "iteration": 20, "point": "forward"},
 ]
 
 
 def test_six_kills_in_one_run(expected: Any, run: Run) -> None:
-    """In forward, in the optimizer step, in a save, before `latest` is written, and all ranks at once."""
+    """In the middle of a file, before its checksum, around `latest`, in the optimizer step, and all ranks at once."""
     assert run.start(KILLS, max_restarts=len(KILLS)) == 0, run.tail()
     assert run.sent() == set(range(len(KILLS)))
     assert len(run.starts()) == len(KILLS) + 1
     assert run.history() == expected
-    assert not list((run.folder / "checkpoints").glob("*.incomplete"))
+    assert run.folders() == LAST_TWO
 
 
 def _random_kills() -> list[dict[str, Any]]:
-    rng = random.Random(8)
+    rng = random.Random(27)  # all points; and not `named` in the last save, which then has nobody to remove older ones
     kills = []
     for iteration in sorted(rng.randint(1, ITERATIONS) for _ in range(NUM_RANDOM)):
-        point = rng.choice(["start", "forward", "optimizer", "write", "publish"])
-        ranks = [0] if point == "publish" else rng.sample(range(NUM_RANKS), rng.randint(1, NUM_RANKS))
+        point = rng.choice(["start", "forward", "optimizer", "write", "half", "sums", "publish", "named"])
+        able = {"publish": [0], "named": [0], "half": WRITERS}.get(point, range(NUM_RANKS))
+        ranks = rng.sample(able, rng.randint(1, len(able)))
         kills.append({"ranks": ranks, "iteration": 0 if point == "start" else iteration, "point": point})
     return kills
 
@@ -167,7 +176,7 @@ def test_twenty_random_kills(expected: Any, run: Run) -> None:
     assert run.start(_random_kills(), max_restarts=NUM_RANDOM) == 0, run.tail()
     assert run.sent() == set(range(NUM_RANDOM))
     assert run.history() == expected
-    assert not list((run.folder / "checkpoints").glob("*.incomplete"))
+    assert run.folders() == LAST_TWO
 
 
 STOPS = [

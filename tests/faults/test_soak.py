@@ -102,4 +102,11 @@ def test_two_thousand_steps_wear_nothing_out(tmp_path: Path, capsys: pytest.Capt
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["iteration"] == STEPS
     assert all(math.isfinite(line[name]) for line in lines for name in ("lm_loss", "recon_loss") if name in line)
+    assert lines[-1]["bad_samples"]["bad"] > 0
+    validations = (tmp_path / "run" / "validation.jsonl").read_text().splitlines()
+    assert len(validations) == STEPS // EVAL_INTERVAL
+    saves = sum(line["save_stall_seconds"] > 0 for line in lines)
+    assert saves == STEPS // SAVE_INTERVAL - 1  # the last one ends after the last line
+    with capsys.disabled():
+        print(f"{saves + 1} saves, {len(validations)} validations, bad samples: {lines[-1]['bad_samples']}")
     assert complete_iterations(tmp_path / "run" / "checkpoints") == [STEPS - SAVE_INTERVAL, STEPS]

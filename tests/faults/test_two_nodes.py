@@ -1,7 +1,7 @@
 """The cluster scripts with real ranks on two "machines", process trees on loopback: one is lost, stopped, queued again.
 
 Whatever happens on the way, metrics.jsonl ends up with every iteration once and with exactly the numbers of a run of
-the same layout on one machine that nothing disturbed.
+the same layout on one machine that nothing disturbed, and the last checkpoint with the digest of the same samples.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from tests.helpers.distributed import run_ranks
 from tests.helpers.nodes import LIMIT_S, Node, free_port
 from tests.helpers.sources import ROOT
@@ -40,6 +41,7 @@ SETTINGS = {
 }
 
 Steps = list[tuple[int, float, float, float]]
+History = tuple[Steps, str]
 
 
 class Run:
@@ -60,7 +62,17 @@ class Run:
 
     def saved(self) -> int:
         """Iteration of the last checkpoint."""
-        return int((self.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        return self.manifest().iteration
+
+    def manifest(self) -> Manifest:
+        """Of the last checkpoint."""
+        return Manifest.read(resolve_checkpoint(self.folder / "checkpoints"))
+
+    def history(self) -> History:
+        """The steps, and the digest of the samples that they saw."""
+        manifest = self.manifest()
+        assert manifest.iteration == SETTINGS["train_iters"]
+        return self.steps(), manifest.training["data"]["digest"]
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +87,15 @@ def run(settings: dict, tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Steps:
+def undisturbed(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> History:
     """The four ranks on one machine, started without a script."""
     run = Run(tmp_path_factory.mktemp("alone") / "run", settings)
     ranks = 2 * RANKS_PER_NODE
     assert run_ranks(train, ranks, settings | {"save": str(run.folder)}, timeout_s=LIMIT_S) == [""] * ranks
-    steps = run.steps()
+    steps, digest = run.history()
     assert [step[0] for step in steps] == list(range(1, SETTINGS["train_iters"] + 1))
     assert len(set(steps)) == len(steps)  # training does something
-    return steps
+    return steps, digest
 
 
 def torchrun_node(folder: Path, number: int, port: int, **env: str) -> Node:
@@ -123,7 +135,7 @@ def wait_for_new_line(node: Node, run: Run, old: list[str]) -> None:
 
 
 def test_another_machine_replaces_a_lost_one(
-    nodes: list[Node], run: Run, undisturbed: Steps, capsys: pytest.CaptureFixture[str]
+    nodes: list[Node], run: Run, undisturbed: History, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its address sorts before that of machine 0, which therefore is not the first machine any more."""
     start_all(nodes, run)
@@ -137,10 +149,10 @@ def test_another_machine_replaces_a_lost_one(
     with capsys.disabled():
         print(f"\n{time.monotonic() - lost_at:.1f} s from the loss of a machine to the next iteration")
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
-    assert run.steps() == undisturbed
+    assert run.history() == undisturbed
 
 
-def test_one_machine_is_asked_to_stop(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
+def test_one_machine_is_asked_to_stop(nodes: list[Node], run: Run, undisturbed: History) -> None:
     start_all(nodes, run)
     wait_for_lines(nodes[0], run, DISTURBED_AFTER)
     nodes[1].signal(signal.SIGUSR1)
@@ -151,10 +163,10 @@ def test_one_machine_is_asked_to_stop(nodes: list[Node], run: Run, undisturbed: 
     assert sum(node.tail().count("starting at iteration") for node in nodes) == 1  # nobody restarted the ranks
     start_all(nodes, run)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
-    assert run.steps() == undisturbed
+    assert run.history() == undisturbed
 
 
-def test_a_rank_that_dies_is_started_again(nodes: list[Node], run: Run, undisturbed: Steps) -> None:
+def test_a_rank_that_dies_is_started_again(nodes: list[Node], run: Run, undisturbed: History) -> None:
     """And all others with it, on both machines."""
     start_all(nodes, run)
     wait_for_lines(nodes[0], run, DISTURBED_AFTER)
@@ -163,7 +175,7 @@ def test_a_rank_that_dies_is_started_again(nodes: list[Node], run: Run, undistur
     assert len(run.lines()) < SETTINGS["train_iters"], "it was killed too late"
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].tail()
     assert sum(node.log.read_text().count("starting at iteration") for node in nodes) == 2
-    assert run.steps() == undisturbed
+    assert run.history() == undisturbed
 
 
 def test_loss_of_machine_0_ends_the_run_with_a_message(nodes: list[Node], run: Run) -> None:
@@ -195,7 +207,7 @@ def slurm(tmp_path: Path) -> Iterator[Node]:
     node.lose_power()
 
 
-def test_a_slurm_job_is_queued_again(slurm: Node, run: Run, undisturbed: Steps) -> None:
+def test_a_slurm_job_is_queued_again(slurm: Node, run: Run, undisturbed: History) -> None:
     """First its time is up, then a rank is killed, then it finishes."""
     requeue = f"scontrol requeue {slurm.env['SLURM_JOB_ID']}"
     slurm.start("slurm.sh", "--config", str(run.config))
@@ -216,4 +228,4 @@ def test_a_slurm_job_is_queued_again(slurm: Node, run: Run, undisturbed: Steps) 
     slurm.start("slurm.sh", "--config", str(run.config))
     assert slurm.wait() == 0, slurm.tail()
     assert slurm.log.read_text().count(requeue) == 2
-    assert run.steps() == undisturbed
+    assert run.history() == undisturbed

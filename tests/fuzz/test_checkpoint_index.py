@@ -24,6 +24,8 @@ from megatron_ross.convert.known_models import known_model
 from megatron_ross.convert.torch_dist_writer import LazyTensor, write_torch_dist
 from tests.helpers.hostile import Trap, at_most, attempt
 
+pytestmark = pytest.mark.usefixtures("little_memory")
+
 KEY = "vision.tower.x"
 
 

@@ -25,6 +25,8 @@ from megatron_ross.convert.importer import load_adapter
 from megatron_ross.convert.sources import check_tokenizer
 from tests.helpers.hostile import ABSURD, Trap, at_most, attempt, json_values, nested_json
 
+pytestmark = pytest.mark.usefixtures("little_memory")
+
 MEAN = (0.5, 0.5, 0.5)
 
 

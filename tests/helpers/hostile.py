@@ -85,7 +85,10 @@ def attempt(expected: type[Exception], action: Callable[..., Result], *args: Any
 
 @contextmanager
 def at_most(megabytes: float) -> Iterator[None]:
-    """Fail if Python objects in the block, numpy's arrays among them, ever took more memory at a time."""
+    """Fail if Python objects in the block, numpy's arrays among them, ever took more memory at a time.
+
+    Torch's tensors are none; the fixture `little_memory` limits them.
+    """
     tracemalloc.start()
     try:
         yield

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_ross.checkpoint.agreement import CheckpointError
-from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.validate import resolve_layout, validate_run
 from megatron_ross.parallel.groups import destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.main import quieten
-from megatron_ross.training.trainer import Trainer, TrainingError, start_path
+from megatron_ross.training.start import start_manifest
+from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.variants import make_variant
 
 WORDS = [
@@ -83,7 +83,7 @@ def with_trainer(flat: dict[str, Any], action: Callable[[Trainer], Any]) -> Any:
     ensure_platform()
     run = RunConfig.from_flat(flat)
     validate_run(run, dist.get_world_size())
-    manifest = Manifest.read(resolve_checkpoint(start_path(run)))
+    manifest = start_manifest(run)
     layout = resolve_layout(run, manifest.model, dist.get_world_size())
     tied = manifest.model.language.share_embeddings_and_output_weights
     groups = initialize_groups(run.parallel, layout, tie_embeddings=tied, seed=run.loss.seed)

@@ -89,7 +89,9 @@ def test_foreign_manifests_are_refused(
 ) -> None:
     manifest.write(tmp_path)
     path = tmp_path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    path.write_text(json.dumps(fields | change))
     with pytest.raises(ValueError, match=message):
         Manifest.read(tmp_path)
 
@@ -102,6 +104,31 @@ def test_damaged_manifests_are_refused(manifest: Manifest, tmp_path: Path) -> No
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match="not valid JSON"):
         Manifest.read(tmp_path)
+
+
+def test_a_changed_digit_is_found(manifest: Manifest, tmp_path: Path) -> None:
+    """It leaves a manifest that is fine in every other way."""
+    manifest.write(tmp_path)
+    path = tmp_path / MANIFEST_NAME
+    text = path.read_text()
+    path.write_text(text.replace('"lm": 1.5', '"lm": 1.7'))
+    with pytest.raises(ValueError, match=r"manifest\.json: is damaged: its sha256 is not that of its other fields"):
+        Manifest.read(tmp_path)
+    path.write_text(text.replace('"sha256"', '"sha257"'))
+    with pytest.raises(ValueError, match="unexpected keyword argument 'sha257'"):
+        Manifest.read(tmp_path)
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    """As they were written before; spelling does not matter to the checksum of those that have one."""
+    manifest.write(tmp_path)
+    path = tmp_path / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(fields.items()))))
+    assert Manifest.read(tmp_path) == manifest
+    del fields["sha256"]
+    path.write_text(json.dumps(fields))
+    assert Manifest.read(tmp_path) == manifest
 
 
 def test_versions_name_what_determines_the_format() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir
-from megatron_ross.checkpoint.retention import complete_iterations, remove_superseded, superseded
+from megatron_ross.checkpoint.retention import complete_iterations, remove_leftovers, remove_superseded, superseded
 from tests.helpers.golden import model_config
 
 
@@ -52,3 +52,23 @@ def test_incomplete_folders_are_not_counted(tmp_path: Path) -> None:
     assert complete_iterations(tmp_path) == [1, 2]
     assert remove_superseded(tmp_path, 1, None) == [1]
     assert (tmp_path / "iter_0000003.incomplete").is_dir()
+
+
+def test_leftovers_of_killed_processes_go_and_nothing_else_does(tmp_path: Path) -> None:
+    """Neither a complete checkpoint, nor what others put there, nor what a link leads to."""
+    _write(tmp_path, 1)
+    elsewhere = tmp_path / "elsewhere"
+    names = ["iter_0000002", "iter_0000003.incomplete", "iter_x", "iter_0000004.bak", "iter_5.incomplete", "notes"]
+    for folder in [*(tmp_path / name for name in names), elsewhere]:
+        folder.mkdir()
+        (folder / "__0_0.distcp").write_bytes(b"data")
+    _write(tmp_path / "moved", 6)
+    (tmp_path / "moved" / "iter_0000006").rename(tmp_path / "iter_0000006.incomplete")  # killed before its new name
+    (tmp_path / "iter_0000007").symlink_to(elsewhere)
+    (tmp_path / "iter_0000008").write_bytes(b"a file")
+    stay = {path.name for path in tmp_path.iterdir()}
+    gone = ["iter_0000002", "iter_0000003.incomplete", "iter_0000006.incomplete"]
+    assert remove_leftovers(tmp_path) == gone
+    assert {path.name for path in tmp_path.iterdir()} == stay - set(gone)
+    assert (elsewhere / "__0_0.distcp").is_file()
+    assert remove_leftovers(tmp_path) == []

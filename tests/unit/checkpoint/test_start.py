@@ -9,7 +9,7 @@ import pytest
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, write_latest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.start import is_resume, start_path
+from megatron_ross.training.start import is_resume, start_manifest, start_path
 from tests.helpers.golden import model_config
 
 
@@ -43,6 +43,18 @@ def test_a_run_killed_before_its_first_latest_is_resumed(tmp_path: Path) -> None
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     assert is_resume(_run(tmp_path))
     assert start_path(_run(tmp_path)) == iteration_dir(tmp_path / "checkpoints", 5)
+
+
+def test_a_damaged_manifest_is_named_and_the_checkpoint_before_offered(tmp_path: Path) -> None:
+    """Before anything slow starts; a run that only takes weights from there is offered nothing."""
+    for iteration in (4, 5):
+        _write(tmp_path, iteration)
+    path = tmp_path / "checkpoints" / "iter_0000005" / "manifest.json"
+    path.write_text(path.read_text().replace('"iteration": 5', '"iteration": 7'))
+    with pytest.raises(ValueError, match=r"iter_0000005/manifest\.json: is damaged.* load=.*iter_0000004\)"):
+        start_manifest(_run(tmp_path))
+    with pytest.raises(ValueError, match=r"its other fields$"):
+        start_manifest(RunConfig.from_flat({"init_from": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("damage", ["garbage", "another iteration"])

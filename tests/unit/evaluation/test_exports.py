@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_ross.checkpoint.manifest import write_latest
+from megatron_ross.checkpoint.manifest import Manifest, write_latest
 from megatron_ross.evaluation.benchmarks import benchmarks, job
 from megatron_ross.evaluation.errors import FrameworkError, framework_errors
 from megatron_ross.evaluation.exports import exported_folder
@@ -53,7 +53,7 @@ def test_other_ranks_wait_for_the_export(run: Path) -> None:
 def test_an_export_of_another_checkpoint_is_replaced(run: Path) -> None:
     first = exported_folder(str(run))
     (manifest,) = run.rglob("manifest.json")
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"training": {"again": 1}}))
+    replace(Manifest.read(manifest.parent), training={"again": 1}).write(manifest.parent)
     (first / "stale").touch()
     assert exported_folder(str(run)) == first
     assert not (first / "stale").exists()
