@@ -223,7 +223,7 @@ class TrainingConfig:
     log_interval: int = 10
     tensorboard: bool = True
     wandb_project: str = ""
-    """Log to Weights & Biases under this project."""
+    """Log to Weights & Biases under this project; needs the extra `wandb`, and save, where the run's id is kept."""
     preemption_grace_seconds: float = 120.0
     """After SIGTERM or SIGUSR1: time to finish the step and save before a rank gives up."""
     hang_timeout_minutes: float = 20.0
