@@ -34,6 +34,8 @@ class Available:
     """Apex's fused_weight_gradient_mlp_cuda."""
     nvml: bool = False
     """The package pynvml, by which torch reads a GPU's temperature, power and clock."""
+    wandb: bool = False
+    """The client of Weights & Biases."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -54,6 +56,7 @@ def probe() -> Available:
         apex_adam=has_gpu and _can_find("amp_C") and _can_find("apex.optimizers.fused_adam"),
         apex_wgrad=has_gpu and _can_find("fused_weight_gradient_mlp_cuda"),
         nvml=_can_find("pynvml"),
+        wandb=_can_find("wandb"),
         environment=dict(os.environ),
     )
 

@@ -228,7 +228,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     directory: Path | None = resolve_checkpoint(path)
     while directory is not None:
         manifest = Manifest.read(directory)
-        if chain and manifest.model != chain[0][1].model:
+        if chain and manifest.model.same_tensors != chain[0][1].model.same_tensors:
             raise ValueError(
                 f"{directory}, base of {chain[0][0]}, holds another model: give the base it was trained from"
             )

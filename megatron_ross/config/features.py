@@ -77,6 +77,9 @@ def resolve_features(run: RunConfig, available: Available) -> Features:
     _check_accumulation_fusion(run.compute, available, features)
     if run.training.log_straggler:
         _check_straggler(available)
+    if run.training.wandb_project and not available.wandb:
+        reason = "the package wandb is not installed"
+        raise refuse("wandb_project", run.training.wandb_project, reason, "pip install 'megatron-ross[wandb]'")
     return features
 
 

@@ -132,6 +132,13 @@ class RossModelConfig:
             raise ValueError("denoiser and vae come together: give both (Ross) or neither (LLaVA)")
 
     @property
+    def same_tensors(self) -> RossModelConfig:
+        """The model without what a run may set: equal for checkpoints whose tensors fit each other."""
+        vision = dataclasses.replace(self.vision, image_aspect_ratio="pad")
+        denoiser = dataclasses.replace(self.denoiser, objective="denoise") if self.denoiser else None
+        return dataclasses.replace(self, vision=vision, denoiser=denoiser)
+
+    @property
     def decode_image_size(self) -> int:
         """Side of the VAE input in pixels: two latent cells (8 px each) per patch."""
         return 16 * self.vision.grid_size

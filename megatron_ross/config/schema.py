@@ -176,6 +176,9 @@ class DataConfig:
     """Pack several samples into sequences of seq_length tokens; samples never attend to each other."""
     packing_lookahead: int = 64
     """Samples that packing may choose from."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """How an image becomes square: `pad` in the mean colour, or `square`, by the tower's own processor (CLIP's crops
+    the centre, SigLIP's stretches). None is the checkpoint's; the run's checkpoints keep what it was trained with."""
     image_decoder: Literal["pillow", "dali"] = "pillow"
     """`pillow` is exactly the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
     latent_cache: str = ""
@@ -220,7 +223,7 @@ class TrainingConfig:
     log_interval: int = 10
     tensorboard: bool = True
     wandb_project: str = ""
-    """Log to Weights & Biases under this project."""
+    """Log to Weights & Biases under this project; needs the extra `wandb`, and save, where the run's id is kept."""
     preemption_grace_seconds: float = 120.0
     """After SIGTERM or SIGUSR1: time to finish the step and save before a rank gives up."""
     hang_timeout_minutes: float = 20.0

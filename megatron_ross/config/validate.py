@@ -30,6 +30,7 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     _check_schedule(run)
     _check_time_limits(run)
     _check_observation(run)
+    _check_wandb(run)
 
 
 def _check_shares(run: RunConfig) -> None:
@@ -167,6 +168,12 @@ def _check_samples(run: RunConfig) -> None:
         respaced_timesteps(NUM_TRAIN_TIMESTEPS, steps)
     except ValueError as error:
         raise ConfigError(f"picture_steps={shown(steps)}: {error}") from None
+
+
+def _check_wandb(run: RunConfig) -> None:
+    project = run.training.wandb_project
+    if project and not run.training.save:
+        raise ConfigError(f"wandb_project={shown(project)}: needs save, the folder that keeps the run's id")
 
 
 def resolve_layout(

@@ -38,6 +38,7 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
         if config.get("pad_token_id") is None and (assets / GENERATION_FILES[0]).is_file():
             config["pad_token_id"] = read_json(assets / GENERATION_FILES[0]).get("pad_token_id")
     config["vision_config"] = model.vision.hf_config
+    config["image_aspect_ratio"] = model.vision.image_aspect_ratio  # training may have changed it
     if model.denoiser is not None and model.vae is not None:
         config["vae_config"] = model.vae.hf_config
         config["mm_inv_projector_width"] = model.denoiser.width
@@ -82,7 +83,6 @@ def _published_fields(manifest: Manifest) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[model.language.family]],
         "model_type": f"ross_{model.language.family}",
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": model.vision.image_aspect_ratio,
         "image_embed_len": model.vision.num_image_tokens,
         "image_mean": list(model.vision.image_mean),
         "image_std": list(model.vision.image_std),

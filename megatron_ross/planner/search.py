@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -96,6 +97,23 @@ def plan_run(
     utilisation = mfu(flops, time.total, world_size, gpu.peak_flops("bf16"))
     samples = data.global_batch_size * workload.samples_per_sequence(model, run)
     return Plan(run, layout, world_size, gpu, num_microbatches, samples, memory, time, utilisation)
+
+
+def longest_sample(plan: Plan, model: RossModelConfig) -> int:
+    """Most tokens per sample, one image included, that the plan's GPU has room for when every sample is as long.
+
+    Means say nothing about that: a run ends at its longest microbatch, and `group_by_modality_length` puts samples of
+    equal length together. At most seq_length; 0 if an image alone does not fit.
+    """
+    run = replace(plan.run, parallel=replace(plan.run.parallel, layout=str(plan.layout)))  # balanced for mean samples
+
+    def is_too_long(tokens: int) -> bool:
+        text = tokens - model.vision.num_image_tokens
+        return not plan_run(run, model, plan.world_size, plan.gpu, Workload(text, supervised_tokens=text)).fits
+
+    lengths = range(model.vision.num_image_tokens, run.data.seq_length + 1)
+    fitting = bisect.bisect_left(lengths, True, key=is_too_long)
+    return lengths[fitting - 1] if fitting else 0
 
 
 def candidates(run: RunConfig, model: RossModelConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:

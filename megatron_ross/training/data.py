@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ from megatron_ross.platform import current_device
 TrainingSet = RossDataset | ConcatDataset
 
 
+def trained_vision(data: DataConfig, vision: VisionConfig) -> VisionConfig:
+    """The tower's config with the images that the run trains on, which may be others than its checkpoint's."""
+    return replace(vision, image_aspect_ratio=data.image_aspect_ratio or vision.image_aspect_ratio)
+
+
 def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
     """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower.
 
@@ -54,7 +60,7 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             source.image_folder or None,
             tokenizer,
             run.data.template,
-            ImageProcessor.from_config(vision),
+            ImageProcessor.from_config(trained_vision(run.data, vision)),
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",

@@ -22,7 +22,7 @@ from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_che
 from megatron_ross.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_ross.checkpoint.vae import load_latent_encoder, vae_digest
 from megatron_ross.config.cli import ConfigError
-from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.schema import DataConfig, RunConfig
 from megatron_ross.data.batch import ImageSpan
 from megatron_ross.data.dataset import ConcatDataset
 from megatron_ross.data.errors import ImageError, SampleError
@@ -37,14 +37,14 @@ from megatron_ross.data.latent_cache import (
     write_shard,
 )
 from megatron_ross.models.latents import LatentEncoder
-from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset
+from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset, trained_vision
 from megatron_ross.training.start import start_path
 
 _MAX_EXAMPLES = 5
 
 
-def cache_key(checkpoint: CheckpointReader) -> CacheKey:
-    """What a cache for this checkpoint's VAE and images must say of itself.
+def cache_key(checkpoint: CheckpointReader, data: DataConfig) -> CacheKey:
+    """What a cache for this checkpoint's VAE and the run's images must say of itself.
 
     Raises:
         ValueError: the checkpoint has no VAE.
@@ -53,7 +53,7 @@ def cache_key(checkpoint: CheckpointReader) -> CacheKey:
     assert model.vae is not None
     return CacheKey.of(
         digest,
-        ImageProcessor.from_config(model.vision),
+        ImageProcessor.from_config(trained_vision(data, model.vision)),
         latent_channels=model.vae.latent_channels,
         grid_size=model.vision.grid_size,
     )
@@ -72,7 +72,7 @@ def check_latent_cache(run: RunConfig) -> None:
         raise ConfigError(
             f"latent_cache={run.data.latent_cache!r}: the model has no VAE (it is LLaVA); leave latent_cache out"
         )
-    check_cache(Path(run.data.latent_cache), cache_key(checkpoint))
+    check_cache(Path(run.data.latent_cache), cache_key(checkpoint, run.data))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def cache_data_set(run: RunConfig, folder: Path, options: CachingOptions) -> Cac
         ValueError: the checkpoint has no VAE, the folder is another VAE's cache, or the data cannot be opened.
     """
     checkpoint = open_checkpoint(start_path(run))
-    create_cache(folder, cache_key(checkpoint))
+    create_cache(folder, cache_key(checkpoint, run.data))
     num_samples = len(_data_set(run))
     blocks = [
         range(start, min(start + options.samples_per_shard, num_samples))

@@ -23,6 +23,7 @@ from megatron_ross.data.run_files import replace_text
 from megatron_ross.models.pictures import below_each_other, bytes_to_pil, side_by_side
 from megatron_ross.training.data import files_of
 from megatron_ross.training.samples import Samples
+from megatron_ross.training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -186,11 +187,7 @@ class RunLog:
             events = str(self._folder / TENSORBOARD_FOLDER)
             self._tensorboard = SummaryWriter(events, purge_step=start_iteration + 1)
         if run.training.wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=run.training.wandb_project, config=run.to_flat(), dir=str(self._folder), resume="allow"
-            )
+            self._wandb = WandbRun(run.training.wandb_project, run.to_flat(), self._folder)
 
     def write(self, metrics: IntervalMetrics) -> None:
         """One interval to every destination."""
@@ -229,16 +226,12 @@ class RunLog:
         lines = [columns, ["---"] * len(columns), *cells]
         self._to_tensorboard("add_text", "samples/answers", "\n".join(map(_markdown_row, lines)), iteration)
         if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"samples/answers": wandb.Table(columns=columns, data=cells)}, step=iteration)
+            self._wandb.log_table("samples/answers", columns, cells, iteration)
 
     def _log_pictures(self, iteration: int, grid: Image.Image) -> None:
         self._to_tensorboard("add_image", "samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
         if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"samples/pictures": wandb.Image(grid)}, step=iteration)
+            self._wandb.log_image("samples/pictures", grid, iteration)
 
     def _write(self, file_name: str, prefix: str, metrics: IntervalMetrics | ValidationMetrics) -> None:
         values = _flat(metrics)
@@ -248,7 +241,7 @@ class RunLog:
         for name, value in scalars.items():
             self._to_tensorboard("add_scalar", name, value, metrics.iteration)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=metrics.iteration)
+            self._wandb.log_scalars(scalars, metrics.iteration)
 
     def close(self) -> None:
         self._to_tensorboard("close")

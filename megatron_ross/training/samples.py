@@ -1,7 +1,9 @@
 """Pictures and answers while a run trains: held-out images painted from the model's outputs, questions answered.
 
-The last data-parallel replica makes them. Its last tensor-parallel rank with the denoiser paints while the other ranks
-go on to the next step; the run's logging rank, which is of the same replica, waits for the pictures and writes them:
+The last data-parallel replica makes them, in the foreground. The other replicas begin the next step at once, but wait
+at its first collective until this one has joined them: the run stands still for as long as answers and pictures take.
+The replica's last tensor-parallel rank with the denoiser paints; the run's logging rank, which is of the same replica,
+waits for the pictures and writes them:
 
     <save>/samples/iteration-0000100.png    a row per image: input, round trip through the VAE, reconstruction
     <save>/samples/iteration-0000100.json   question, expected answer, answer

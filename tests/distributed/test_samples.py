@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.training.latents import CachingOptions, cache_data_set
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
+from tests.helpers.tensorboard import tensorboard_events
 from tests.helpers.toy_run import with_trainer, write_data
 from tests.helpers.variants import Stored, make_variant, without_denoiser
 
@@ -123,7 +125,8 @@ Run = tuple[Path, dict[str, Any]]
 def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """TP2 x PP2."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, run_ranks(trained, 4, settings | TP2PP2 | WATCH | {"save": str(folder)}, timeout_s=240)[0]
+    flat = settings | TP2PP2 | WATCH | {"save": str(folder), "tensorboard": True}
+    return folder, run_ranks(trained, 4, flat, timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,26 @@ def test_pictures_are_those_of_the_exported_model(run: Run, exported: Path, sett
             (painted,) = model.reconstruct([image], steps=STEPS, seed=i, processor=processor)
             assert close(row[2], np.asarray(painted))
             assert not close(row[2], row[1])
+
+
+@pytest.mark.distributed
+def test_tensorboard_shows_what_the_run_folder_holds(run: Run) -> None:
+    events = tensorboard_events(run[0])
+    assert {"train/lm_loss", "train/recon_loss", "train/grad_norm"} <= set(events.Tags()["scalars"])
+    metrics = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    logged = [(event.step, event.value) for event in events.Scalars("train/recon_loss")]
+    assert logged == [(line["iteration"], pytest.approx(line["recon_loss"])) for line in metrics]
+    texts, images = events.Tensors("samples/answers/text_summary"), events.Images("samples/pictures")
+    assert [event.step for event in texts] == [event.step for event in images] == [1, 2]
+    for iteration, text, image in zip((1, 2), texts, images, strict=True):
+        (table,) = text.tensor_proto.string_val
+        rows = table.decode().splitlines()
+        assert rows[0].split(" | ")[0] == "| sample_id"
+        for row, entry in zip(rows[2:], answers(run[0], iteration), strict=True):
+            cells = row.removeprefix("| ").removesuffix(" |").split(" | ")
+            assert (cells[0], cells[3]) == (str(entry["sample_id"]), entry["expected"])
+        shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        assert np.array_equal(shown, np.asarray(Image.open(run[0] / f"samples/iteration-{iteration:07d}.png")))
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> bool:

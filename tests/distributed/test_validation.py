@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.loss_breakdown import MeanLosses
@@ -22,6 +23,7 @@ from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
+from tests.helpers.tensorboard import tensorboard_events
 from tests.helpers.toy_run import with_trainer, write_data
 from tests.helpers.variants import Stored, make_variant, without_denoiser
 
@@ -108,8 +110,13 @@ def watched(ranks: int, flat: dict[str, Any], folder: Path) -> Watched:
 
 
 @pytest.fixture(scope="module")
-def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    return watched(1, settings | ONE | WATCH, tmp_path_factory.mktemp("alone"))
+def alone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(settings: dict[str, Any], alone_folder: Path) -> Watched:
+    return watched(1, settings | ONE | WATCH | {"tensorboard": True}, alone_folder)
 
 
 @pytest.mark.distributed
@@ -137,6 +144,26 @@ def test_parts_lie_around_the_whole(alone: Watched) -> None:
         for name in ("lm", "recon"):
             low, high = sorted(record[f"{name}_loss_by_source"].values())
             assert low < record[f"{name}_loss"] < high
+
+
+@pytest.mark.distributed
+def test_tensorboard_has_every_part(alone: Watched, alone_folder: Path) -> None:
+    """Each number of both logs is a curve, e.g. `valid/lm_loss` or `train/recon_loss_by_timestep/000-142`."""
+    _, validations, log = alone
+    events = tensorboard_events(alone_folder)
+    for prefix, records in (("train", log), ("valid", validations)):
+        for name in ("lm_loss", "recon_loss"):
+            assert curve_of(events, f"{prefix}/{name}") == {r["iteration"]: pytest.approx(r[name]) for r in records}
+        for name in ("recon_loss_by_timestep", "lm_loss_by_source", "recon_loss_by_source"):
+            parts = {key for record in records for key in record[name]}
+            assert parts
+            for part in parts:
+                expected = {r["iteration"]: pytest.approx(r[name][part]) for r in records if part in r[name]}
+                assert curve_of(events, f"{prefix}/{name}/{part}") == expected
+
+
+def curve_of(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def assert_same_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, iteration_dir, write_latest
 from megatron_ross.checkpoint.reader import open_checkpoint, read_index
 from megatron_ross.config.model import LanguageModelConfig, RossModelConfig, VisionConfig
+from megatron_ross.convert.known_models import known_model
 from megatron_ross.convert.torch_dist_writer import LazyTensor, write_torch_dist
 from megatron_ross.platform import ensure_platform
 from tests.helpers.distributed import run_ranks
@@ -157,6 +158,27 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, model: RossModelConf
     _write(tmp_path / "run", model, {TOWER: torch.zeros(1)}, base="../../base")
     with pytest.raises(ValueError, match="holds another model"):
         open_checkpoint(tmp_path / "run")
+
+
+def test_a_base_that_was_trained_otherwise_is_the_same_model(
+    tmp_path: Path, model: RossModelConfig, tensors: dict[str, Tensor]
+) -> None:
+    """What the run's images were is in the upper manifest; tensors fit all the same."""
+    _write(tmp_path / "base", model, tensors)
+    square = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_aspect_ratio="square"))
+    _write(tmp_path / "run", square, {TOWER: torch.randn(3)}, base="../../base")
+    reader = open_checkpoint(tmp_path / "run")
+    assert reader.manifest.model == square
+    assert torch.equal(reader.read(FC2), tensors[FC2])
+
+
+def test_what_a_run_sets_changes_no_tensor() -> None:
+    model = known_model("qwen2-0.5b+clip-l-336")
+    assert model.denoiser is not None
+    regress = dataclasses.replace(model, denoiser=dataclasses.replace(model.denoiser, objective="regress"))
+    deeper = dataclasses.replace(model, denoiser=dataclasses.replace(model.denoiser, depth=8))
+    assert regress != model
+    assert regress.same_tensors == model.same_tensors != deeper.same_tensors
 
 
 def test_truncated_and_missing_files_are_named(

@@ -27,6 +27,7 @@ def test_held_out_samples_come_from_one_place() -> None:
     check(valid_split=0.1)
     check(valid_data_path="v.json", eval_interval=10, eval_iters=3)
     check(valid_split=0.1, sample_interval=5, save="run", picture_steps="10,10,1")
+    check(wandb_project="ross", save="run")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_held_out_samples_come_from_one_place() -> None:
             r"sample_interval=5: tp_comm_overlap fixes",
         ),
         ({"log_source_losses": True}, r"log_source_losses=True: there is one source"),
+        ({"wandb_project": "ross"}, r"wandb_project='ross': needs save"),
         ({"log_timestep_buckets": -1}, r"log_timestep_buckets=-1: must not be negative"),
     ],
 )

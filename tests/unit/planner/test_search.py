@@ -24,7 +24,7 @@ from megatron_ross.convert.known_models import KNOWN_LANGUAGE_MODELS, known_mode
 from megatron_ross.planner.auto import layout_costs, resolve_layout
 from megatron_ross.planner.hardware import GPUS, known_gpu
 from megatron_ross.planner.report import as_dict, table
-from megatron_ross.planner.search import plan_run, search
+from megatron_ross.planner.search import longest_sample, plan_run, search
 from megatron_ross.planner.timing import CostModel, Seconds
 from megatron_ross.planner.workload import Workload
 
@@ -97,6 +97,24 @@ def test_what_costs_more_is_predicted_to_cost_more(model: RossModelConfig) -> No
     padded = Workload(text_tokens=171, supervised_tokens=170, padding=2.0)
     packed = dataclasses.replace(padded, padding=1.0)
     assert plan_run(base.run, model, 8, H100, padded).time.total > plan_run(base.run, model, 8, H100, packed).time.total
+
+
+def test_one_token_more_than_the_longest_sample_does_not_fit(model: RossModelConfig) -> None:
+    run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, seq_length=32768))
+    plan = plan_run(with_parallel(run, 1, 4, virtual_pipeline_model_parallel_size=2), model, 64, H100)
+    longest = longest_sample(plan, model)
+    fixed = dataclasses.replace(plan.run, parallel=dataclasses.replace(plan.run.parallel, layout=str(plan.layout)))
+    image = model.vision.num_image_tokens
+    at, above = (
+        plan_run(fixed, model, 64, H100, Workload(n - image, supervised_tokens=n - image))
+        for n in (longest, longest + 1)
+    )
+    assert at.fits
+    assert not above.fits
+    assert image < longest < 32768
+    short_data = dataclasses.replace(plan.run.data, seq_length=1024)
+    short = dataclasses.replace(plan, run=dataclasses.replace(plan.run, data=short_data))
+    assert longest_sample(short, model) == 1024
 
 
 def test_a_single_image_is_not_shared_out(model: RossModelConfig) -> None:
