@@ -41,7 +41,7 @@ def kernel_choice(device_type: str) -> tuple[bool, str]:
     if device_type != "cuda":
         return False, f"tensors are on {device_type}, and the kernels need CUDA"
     if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed; pip install 'megatron-ross[gpu]'"
+        return False, "Triton is not installed; pip install -e '.[gpu]'"
     return True, "CUDA and Triton are there"
 
 

@@ -21,7 +21,7 @@ PACKED_CUDNN_MINIMUM = (9, 0)
 """cuDNN keeps packed samples apart from Hopper on; before, only flash-attn 2 does."""
 RECOMPUTABLE = ("core_attn", "mlp")
 """Not layernorm: TransformerEngine's layers have theirs inside linear layers, and without it Megatron cannot."""
-_INSTALL_ENGINE = "pip install --no-build-isolation 'megatron-ross[te]' (see docs/performance.md)"
+_INSTALL_ENGINE = "pip install --no-build-isolation -e '.[te]' (see docs/performance.md)"
 _BUILD_APEX = (
     "build NVIDIA's Apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (`pip install apex` gets another package)"
 )
@@ -79,7 +79,7 @@ def resolve_features(run: RunConfig, available: Available) -> Features:
         _check_straggler(available)
     if run.training.wandb_project and not available.wandb:
         reason = "the package wandb is not installed"
-        raise refuse("wandb_project", run.training.wandb_project, reason, "pip install 'megatron-ross[wandb]'")
+        raise refuse("wandb_project", run.training.wandb_project, reason, "pip install -e '.[wandb]'")
     return features
 
 
@@ -155,13 +155,13 @@ def _attention_obstacle(run: RunConfig, available: Available, layers: Choice, as
             "it cannot keep packed samples apart", "use auto, flash, fused or local, or set packing: false"
         )
     if asked == "flash" and (reason := _no_flash(available)):
-        return _Obstacle(reason, "pip install 'megatron-ross[flash-attn]', or use auto")
+        return _Obstacle(reason, "pip install -e '.[flash-attn]', or use auto")
     if run.data.packing and available.gpu is not None and available.gpu < PACKED_CUDNN_MINIMUM:
         too_old = f"cuDNN needs compute capability 9.0 for packed samples, this GPU has {_dotted(available.gpu)}"
         if asked == "fused":
             return _Obstacle(too_old, "use auto, flash or local, or set packing: false")
         if asked == "auto" and (reason := _no_flash(available)):
-            return _Obstacle(f"{too_old}, and {reason}", "pip install 'megatron-ross[flash-attn]'")
+            return _Obstacle(f"{too_old}, and {reason}", "pip install -e '.[flash-attn]'")
     for name, expected in attention_environment(asked).items():
         if available.environment.get(name, expected) != expected:
             return _Obstacle(

@@ -159,7 +159,7 @@ def _import_dali() -> Any:
         import nvidia.dali.types
     except ImportError as error:
         raise ValueError(
-            "the DALI image decoder needs NVIDIA DALI; install the extra `dali` (pip install megatron-ross[dali]) "
+            "the DALI image decoder needs NVIDIA DALI; install the extra `dali` (pip install -e '.[dali]') "
             "or choose the decoder 'pillow'"
         ) from error
     return nvidia.dali

@@ -125,5 +125,5 @@ def test_cuda_without_triton_is_a_warning(caplog: pytest.LogCaptureFixture, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not ops.use_triton("cuda")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "pip install 'megatron-ross[gpu]'" in caplog.text
+    assert "pip install -e '.[gpu]'" in caplog.text
     ops.use_triton.cache_clear()

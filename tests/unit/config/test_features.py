@@ -141,7 +141,7 @@ REFUSALS: list[tuple[Available, dict[str, Any], str]] = [
     ),
     (CPU, {"log_straggler": True}, "log_straggler=True|no GPU|leave it out"),
     (H100, {"log_straggler": True}, "log_straggler=True|pynvml|pip install nvidia-ml-py"),
-    (CPU, {"wandb_project": "ross"}, "wandb_project='ross'|not installed|pip install 'megatron-ross[wandb]'"),
+    (CPU, {"wandb_project": "ross"}, "wandb_project='ross'|not installed|pip install -e '.[wandb]'"),
     (CPU, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|Apex|leave it out"),
     (BARE, {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=True|not installed|pip install|Apex"),
     (CPU, {"recompute_granularity": "full"}, "recompute_granularity='full'|recompute_method|uniform"),
