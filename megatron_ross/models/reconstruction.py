@@ -123,12 +123,15 @@ class ReconstructionHead(nn.Module):
         return self._condition(hidden, batch, torch.arange(batch.num_images, device=hidden.device))
 
     @torch.no_grad()
-    def sample_latents(self, condition: Tensor, respacing: str, seeds: Sequence[int]) -> Tensor:
+    def sample_latents(
+        self, condition: Tensor, respacing: str, seeds: Sequence[int], denoiser: RossDenoiser | None = None
+    ) -> Tensor:
         """Images painted from nothing but their conditions [n, N, h]: grouped latents, float32 [n, C4, g, g].
 
         Args:
             respacing: sampling steps, see `diffusion.respaced_timesteps`; `regress` takes one pass and no noise.
             seeds: of each image's noise.
+            denoiser: a copy to sample with, beside training; without effect on `regress`.
         """
         if self.objective == "regress":
             x_t, t = self._no_input(condition.shape[0], condition)
@@ -140,9 +143,10 @@ class ReconstructionHead(nn.Module):
         def noise(_: int = 0) -> Tensor:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(condition.device)
 
-        embedded = self.denoiser.embed_condition(condition)
+        denoiser = denoiser or self.denoiser
+        embedded = denoiser.embed_condition(condition)
         tables = respace(cosine_tables(), respacing).to(condition.device)
-        return sample(lambda x, t: self.denoiser.predict_noise(x, t, embedded), noise(), noise, tables)
+        return sample(lambda x, t: denoiser.predict_noise(x, t, embedded), noise(), noise, tables)
 
     def _posterior(self, batch: RossMicrobatch, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Moments [n_wanted, C, 2g, 2g] of images of this rank's share, encoded here or read from a cache."""

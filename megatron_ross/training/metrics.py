@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -20,14 +21,12 @@ from PIL import Image
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.shown import shown
 from megatron_ross.data.run_files import replace_text
-from megatron_ross.models.pictures import below_each_other, bytes_to_pil, side_by_side
 from megatron_ross.training.data import files_of
-from megatron_ross.training.samples import Samples
+from megatron_ross.training.samples import SAMPLES_FOLDER, Samples, sample_path
 from megatron_ross.training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
-SAMPLES_FOLDER = "samples"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -176,11 +175,13 @@ class RunLog:
         self._folder = Path(run.training.save) if run.training.save else None
         self._files = files_of(run)
         self._tensorboard = self._wandb = None
+        self._coming: dict[int, Path] = {}
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, VALIDATION_FILE):
             _drop_lines_after(self._folder / name, start_iteration)
+        _drop_samples_after(self._folder / SAMPLES_FOLDER, start_iteration)
         if run.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -191,6 +192,7 @@ class RunLog:
 
     def write(self, metrics: IntervalMetrics) -> None:
         """One interval to every destination."""
+        self._log_pictures(metrics.iteration)
         self._files.say(_line(metrics, self._train_iters))
         self._write(METRICS_FILE, "train", metrics)
 
@@ -200,25 +202,20 @@ class RunLog:
         self._write(VALIDATION_FILE, "valid", metrics)
 
     def write_samples(self, iteration: int, samples: Samples) -> None:
-        """Answers and pictures to the run's folder `samples`, TensorBoard and Weights & Biases."""
+        """Answers to the run's folder, TensorBoard and Weights & Biases; pictures to the latter, once there are any."""
         assert self._folder is not None, "without a folder there is nowhere to write to"
-        folder = self._folder / SAMPLES_FOLDER
-        with self._files.writing(folder):
-            folder.mkdir(exist_ok=True)
+        self._log_pictures(iteration)
         self._files.say(_samples_line(iteration, self._train_iters, samples))
-        name = f"iteration-{iteration:07d}"
         answers = [asdict(answer) for answer in samples.answers]
         if answers:
             text = json.dumps({"iteration": iteration, "answers": answers}, indent=1, ensure_ascii=False)
-            with self._files.writing(folder):
-                (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            path = sample_path(self._folder, iteration, ".json")
+            with self._files.writing(path):
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text + "\n", encoding="utf-8")
             self._log_answers(iteration, answers)
-        if samples.panels is not None:
-            rows = [side_by_side(bytes_to_pil(row)) for row in samples.panels]
-            grid = below_each_other(rows)
-            with self._files.writing(folder):
-                grid.save(folder / f"{name}.png")
-            self._log_pictures(iteration, grid)
+        if samples.picture is not None:
+            self._coming[iteration] = samples.picture
 
     def _log_answers(self, iteration: int, answers: list[dict[str, Any]]) -> None:
         columns = list(answers[0])
@@ -228,10 +225,15 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log_table("samples/answers", columns, cells, iteration)
 
-    def _log_pictures(self, iteration: int, grid: Image.Image) -> None:
-        self._to_tensorboard("add_image", "samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
-        if self._wandb is not None:
-            self._wandb.log_image("samples/pictures", grid, iteration)
+    def _log_pictures(self, now: int) -> None:
+        """Pictures of earlier iterations, painted meanwhile. Weights & Biases takes no earlier step than `now`."""
+        for iteration, path in [(i, path) for i, path in self._coming.items() if path.exists()]:
+            del self._coming[iteration]
+            with Image.open(path) as picture:
+                grid = picture.convert("RGB")
+            self._to_tensorboard("add_image", "samples/pictures", np.asarray(grid), iteration, dataformats="HWC")
+            if self._wandb is not None:
+                self._wandb.log_image("samples/pictures", grid, now)
 
     def _write(self, file_name: str, prefix: str, metrics: IntervalMetrics | ValidationMetrics) -> None:
         values = _flat(metrics)
@@ -244,6 +246,8 @@ class RunLog:
             self._wandb.log_scalars(scalars, metrics.iteration)
 
     def close(self) -> None:
+        """After `Observations.finish`, so that the last pictures are there."""
+        self._log_pictures(self._train_iters)
         self._to_tensorboard("close")
         if self._wandb is not None:
             self._wandb.finish()
@@ -276,11 +280,9 @@ def _validation_line(m: ValidationMetrics, train_iters: int) -> str:
 
 
 def _samples_line(iteration: int, train_iters: int, samples: Samples) -> str:
-    num_pictures = 0 if samples.panels is None else len(samples.panels)
-    return (
-        f"iteration {iteration:>7}/{train_iters} | {num_pictures} pictures and {len(samples.answers)} answers | "
-        f"seconds {samples.seconds:.2f}"
-    )
+    pictures = "" if samples.picture is None else f" | pictures: {samples.picture}"
+    answers = f"{len(samples.answers)} answers | seconds {samples.seconds:.2f}"
+    return f"iteration {iteration:>7}/{train_iters} | {answers}{pictures}"
 
 
 def _markdown_row(cells: list[str]) -> str:
@@ -321,6 +323,14 @@ def _drop_lines_after(path: Path, iteration: int) -> None:
     """A resumed run rewrites what came after its checkpoint, so every iteration stands in the file once."""
     if path.exists():
         replace_text(path, "".join(line + "\n" for line in _lines_until(path, iteration)))
+
+
+def _drop_samples_after(folder: Path, iteration: int) -> None:
+    """So that a picture that is there has been painted by this run."""
+    for path in folder.glob("iteration-*"):
+        found = re.match(r"iteration-(\d+)\.", path.name)
+        if found is not None and int(found[1]) > iteration:
+            path.unlink()
 
 
 def _lines_until(path: Path, iteration: int) -> Iterator[str]:

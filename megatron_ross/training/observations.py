@@ -109,13 +109,19 @@ class Observations:
                 log.write_validation(self._metrics(iteration, consumed_samples, result))
         if self._samples is not None and _is_due(settings.sample_interval, iteration, train_iters):
             self._beat(f"samples of iteration {iteration}")
-            samples = self._samples.run()
+            samples = self._samples.run(iteration)
             if samples is not None and log is not None:
                 log.write_samples(iteration, samples)
 
     def take_training_losses(self) -> BrokenDownLosses:
         """Means since the last call. One small reduction, at the log's interval."""
         return BrokenDownLosses() if self._training is None else self._broken_down(self._training.take(self._groups))
+
+    def finish(self) -> None:
+        """Wait for what is made beside training."""
+        if self._samples is not None:
+            self._beat("last pictures")
+            self._samples.finish()
 
     def close(self) -> None:
         """Stop background threads."""

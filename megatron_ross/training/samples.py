@@ -1,9 +1,8 @@
 """Pictures and answers while a run trains: held-out images painted from the model's outputs, questions answered.
 
-The last data-parallel replica makes them, in the foreground. The other replicas begin the next step at once, but wait
-at its first collective until this one has joined them: the run stands still for as long as answers and pictures take.
-The replica's last tensor-parallel rank with the denoiser paints; the run's logging rank, which is of the same replica,
-waits for the pictures and writes them:
+The last data-parallel replica makes them. Its forward passes, one per token of an answer, are in the foreground: the
+other replicas begin the next step at once, but wait at its first collective until this one has joined them. Painting
+is not: the replica's last tensor-parallel rank with the denoiser paints in a thread (`painter`) while all go on.
 
     <save>/samples/iteration-0000100.png    a row per image: input, round trip through the VAE, reconstruction
     <save>/samples/iteration-0000100.json   question, expected answer, answer
@@ -14,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,16 +28,15 @@ from megatron_ross.data.errors import SampleError
 from megatron_ross.data.records import Record
 from megatron_ross.data.tokenizer import TextTokenizer
 from megatron_ross.models.latents import LatentEncoder
-from megatron_ross.models.pictures import to_bytes
-from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
-from megatron_ross.training.data import TrainingSet
+from megatron_ross.training.data import TrainingSet, files_of
 from megatron_ross.training.forward_only import forward_only
 from megatron_ross.training.greedy import ForwardPasses, greedy_tokens
+from megatron_ross.training.painter import Painter
 
 _CANDIDATES = 256
-NUM_PANELS = 3
+SAMPLES_FOLDER = "samples"
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Samples:
-    """`panels` uint8 [n, 3, 3, S, S]: per image input, VAE round trip, reconstruction; RGB. None without denoiser."""
+    """`picture` is the file with the pictures, which comes later; None where none are painted."""
 
     answers: list[Answer]
-    panels: Tensor | None
+    picture: Path | None
     seconds: float
+
+
+def sample_path(save: str | Path, iteration: int, suffix: str) -> Path:
+    """File with the pictures (`.png`) or answers (`.json`) of an iteration."""
+    return Path(save) / SAMPLES_FOLDER / f"iteration-{iteration:07d}{suffix}"
 
 
 class SampleMaker:
@@ -65,7 +69,7 @@ class SampleMaker:
 
     Args:
         dataset, ids: held-out samples; the first of them that have images are taken.
-        encoder: loads the VAE where the model has none at hand (`latent_cache`).
+        encoder: loads the VAE for the painting rank where its model has none (`latent_cache`).
         denoiser_pp_rank: pipeline rank with the denoiser; None: plain LLaVA.
     """
 
@@ -82,8 +86,7 @@ class SampleMaker:
         denoiser_pp_rank: int | None,
     ) -> None:
         self._run, self._model, self._chunks, self._groups = run, model, chunks, groups
-        self._tokenizer, self._load_encoder = tokenizer, encoder
-        self._encoder: LatentEncoder | None = None
+        self._tokenizer = tokenizer
         settings = run.observation
         num_pictures = settings.num_pictures if denoiser_pp_rank is not None else 0
         chosen = _choose(dataset, ids, max(num_pictures, settings.num_answers))
@@ -91,15 +94,22 @@ class SampleMaker:
         self._records = [record for _, record in chosen]
         self._num_answers = min(len(chosen), settings.num_answers)
         self._pictured = [i for i, question in enumerate(self._questions) if question.images][:num_pictures]
-        self._painter = None if denoiser_pp_rank is None else dist.get_global_rank(groups.pp, denoiser_pp_rank)
+        self._painter: Painter | None = None
+        heads = [chunk.module.reconstruction for chunk in chunks if chunk.module.spec.has("D")]
+        if heads and self._pictured and self._is_last_replica and groups.tp.rank() == groups.tp.size() - 1:
+            self._painter = Painter(heads[0], encoder, settings.picture_steps, files_of(run))
 
-    def run(self) -> Samples | None:
-        """Answers and pictures, on the logging rank; None elsewhere, and where there is nothing to do. Collective."""
+    @property
+    def _is_last_replica(self) -> bool:
+        return self._groups.dp.rank() == self._groups.dp.size() - 1
+
+    def run(self, iteration: int) -> Samples | None:
+        """Make answers and begin to paint; on the logging rank what was made, elsewhere None. A collective call."""
         begin = time.perf_counter()
         if not self._questions or not (self._num_answers or self._pictured):
             return None
         with forward_only(self._chunks):
-            if self._groups.dp.rank() != self._groups.dp.size() - 1:
+            if not self._is_last_replica:
                 return None
             settings, questions = self._run.observation, self._questions
             max_new_tokens = settings.answer_max_new_tokens if self._num_answers else 0
@@ -107,10 +117,20 @@ class SampleMaker:
                 self._run, self._chunks, self._groups, questions, max_new_tokens, self._model.vision.image_size
             )
             tokens, conditions = greedy_tokens(passes, len(questions), max_new_tokens, self._stop_ids())
-            panels = self._paint(conditions) if self._pictured else None
+            picture = sample_path(self._run.training.save, iteration, ".png") if self._pictured else None
+            if self._painter is not None and picture is not None:
+                pixels = torch.stack([self._questions[i].images[0].load_pixels() for i in self._pictured])
+                wanted = torch.stack([conditions[i] for i in self._pictured])
+                self._painter.start(wanted, pixels.to(current_device()), picture)
         if not self._groups.is_logging_rank:
             return None
-        return Samples(self._answers(tokens), panels, time.perf_counter() - begin)
+        return Samples(self._answers(tokens), picture, time.perf_counter() - begin)
+
+    def finish(self) -> None:
+        """Wait for the pictures in work: after it, they are in the run folder. A collective call."""
+        if self._painter is not None:
+            self._painter.finish()
+        dist.barrier()
 
     def _stop_ids(self) -> frozenset[int]:
         """What ends an answer; a caption of the `plain` template ends with its line instead."""
@@ -131,43 +151,6 @@ class SampleMaker:
                 Answer(question.sample_id, list(record.images), first_question(record.turns), expected, text)
             )
         return answers
-
-    def _paint(self, conditions: list[Tensor]) -> Tensor | None:
-        """The panels on the logging rank, which gets them from the painting rank; None on all others."""
-        painter, logger = self._painter, dist.get_world_size() - 1
-        if self._groups.tp.rank() != self._groups.tp.size() - 1:
-            return None
-        if dist.get_rank() == painter:
-            panels = self._panels(torch.stack([conditions[i] for i in self._pictured]))
-            if painter != logger:
-                dist.send(panels, logger)
-            return panels
-        if dist.get_rank() == logger:
-            side = 16 * self._model.vision.grid_size
-            panels = torch.empty(
-                len(self._pictured), NUM_PANELS, 3, side, side, dtype=torch.uint8, device=current_device()
-            )
-            dist.recv(panels, painter)
-            return panels
-        return None
-
-    def _panels(self, conditions: Tensor) -> Tensor:
-        head = next(chunk.module for chunk in self._chunks if _has_denoiser(chunk.module)).reconstruction
-        encoder = head.latent_encoder or self._own_encoder()
-        images = [self._questions[i].images[0].load_pixels() for i in self._pictured]
-        pixels = torch.stack(images).to(current_device())
-        latents = head.sample_latents(conditions, self._run.observation.picture_steps, range(len(images)))
-        columns = [encoder.vae_input(pixels), encoder.round_trip(pixels), encoder.decode_latents(latents)]
-        return torch.stack([to_bytes(column) for column in columns], dim=1)
-
-    def _own_encoder(self) -> LatentEncoder:
-        if self._encoder is None:
-            self._encoder = self._load_encoder().to(current_device())
-        return self._encoder
-
-
-def _has_denoiser(stage: RossStage) -> bool:
-    return stage.spec.has("D")
 
 
 def _choose(dataset: TrainingSet, ids: Sequence[int], count: int) -> list[tuple[RossSample, Record]]:

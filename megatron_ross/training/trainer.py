@@ -158,6 +158,7 @@ class Trainer:
             if saved_at != self.iteration:
                 self.save(is_last=True)
             self.checkpoints.finish(is_last=True)
+        self.observations.finish()
         self._close(log)
         if stopped_by:
             self._print(f"stopped by {signal.Signals(stopped_by).name} after iteration {self.iteration}")

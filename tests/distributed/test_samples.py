@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.evaluation.answers import answer_batch
 from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
+from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.pictures import PANEL_GAP_PX, to_pil
 from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.training.latents import CachingOptions, cache_data_set
 from megatron_ross.training.trainer import Trainer
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.tensorboard import tensorboard_events
 from tests.helpers.toy_run import with_trainer, write_data
 from tests.helpers.variants import Stored, make_variant, without_denoiser
@@ -210,6 +213,51 @@ def test_training_does_not_notice(run: Run, settings: dict[str, Any]) -> None:
     expected = run_ranks(trained, 4, settings | TP2PP2)[0]
     assert got["losses"] == expected["losses"]
     assert all(torch.equal(got["parameters"][name], t) for name, t in expected["parameters"].items())
+
+
+def painted_late(rank: int, world_size: int, flat: dict[str, Any]) -> list[bool]:
+    """Whether the second step had ended, for every picture: none is decoded before, or in vain after half a minute."""
+    second_step, went_on, decode = threading.Event(), [], LatentEncoder.decode_latents
+
+    def late(encoder: LatentEncoder, z: torch.Tensor) -> torch.Tensor:
+        went_on.append(second_step.wait(30))
+        return decode(encoder, z)
+
+    def act(trainer: Trainer) -> list[bool]:
+        step = trainer._step
+
+        def watched() -> Any:
+            result = step()
+            if trainer.iteration == 2:
+                second_step.set()
+            return result
+
+        trainer._step = watched  # type: ignore[method-assign]
+        with mock.patch.object(LatentEncoder, "decode_latents", late):
+            trainer.train()
+        return went_on
+
+    return with_trainer(flat, act)
+
+
+@pytest.mark.distributed
+def test_no_rank_waits_for_a_slow_painter(settings: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    (went_on,) = run_ranks(painted_late, 1, settings | ONE | WATCH | {"save": str(tmp_path), "tensorboard": True})
+    assert went_on == [True] * (2 * 2 * NUM_PICTURES)  # two iterations; a picture's round trip is decoded, too
+    assert close(panels(tmp_path, 1), panels(run[0], 1))
+    events = tensorboard_events(tmp_path).Images("samples/pictures")
+    assert [event.step for event in events] == [1, 2]
+
+
+def painted_badly(rank: int, world_size: int, flat: dict[str, Any]) -> None:
+    with mock.patch.object(LatentEncoder, "decode_latents", side_effect=ArithmeticError("no picture")):
+        with_trainer(flat, Trainer.train)
+
+
+@pytest.mark.distributed
+def test_a_painter_that_fails_ends_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="no picture"):
+        run_ranks(painted_badly, 1, settings | ONE | STILL | {"save": str(tmp_path)})
 
 
 @pytest.mark.distributed

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.training.metrics import BrokenDownLosses, IntervalMetrics, RunLog, ValidationMetrics
-from megatron_ross.training.samples import NUM_PANELS, Answer, Samples
+from megatron_ross.training.samples import Answer, Samples
 
 STEP = 10
 LOSSES = BrokenDownLosses(recon_loss_by_timestep={"000-499": 0.5, "500-999": 0.25})
@@ -91,9 +91,11 @@ def validation() -> ValidationMetrics:
 def test_everything_is_sent(wandb: StandIn, tmp_path: Path) -> None:
     log = open_log(tmp_path)
     answer = Answer(7, ["a.png"], "What | is it?", "A cat", "A dog")
-    panels = torch.randint(0, 256, (2, NUM_PANELS, 3, 16, 16), dtype=torch.uint8)
+    picture = tmp_path / "painted later.png"
     log.write_validation(validation())
-    log.write_samples(STEP, Samples([answer], panels, 0.5))
+    log.write_samples(STEP, Samples([answer], picture, 0.5))
+    assert not any("samples/pictures" in values for _, values in wandb.logged)
+    Image.new("RGB", (8, 4), "red").save(picture)
     log.write(interval())
     log.close()
     (init,) = wandb.inits
