@@ -21,10 +21,10 @@ from scenes import COLORS, NUMBER_WORDS, PHOTOS, SHAPES, Item, Scene
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CANVAS_PX = 128
 MAX_SHAPES = 5
-JITTER = 0.05  # of a centre, as a fraction of the side
-ITEM_SIZES = (0.14, 0.18)  # height as a fraction of the side
-LINE_LENGTHS = (0.20, 0.28)
-LINE_WIDTH_PX = 1.7
+JITTER = 0.04  # of a centre, as a fraction of the side
+ITEM_SIZES = (0.20, 0.25)  # height as a fraction of the side
+LINE_LENGTHS = (0.24, 0.30)
+LINE_WIDTH_PX = 2.5
 LINE_SUPERSAMPLING = 4
 DIRECTIONS = {"horizontal": 0.0, "rising": 45.0, "vertical": 90.0, "falling": 135.0}  # degrees, anticlockwise
 MAX_TILT = 12.0  # degrees off its direction

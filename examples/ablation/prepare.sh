@@ -11,9 +11,14 @@ parts="$run/components"
 
 "$python" examples/quickstart/make_data.py --output "$run/pretraining"
 "$python" examples/ablation/make_details.py --output "$run/data" --subset '[1000]'
-"$python" examples/quickstart/toy_llm.py --output "$parts/llm"
-"$python" examples/quickstart/toy_vae.py --data "$run/pretraining" --output "$parts/vae"
-"$python" examples/quickstart/toy_tower.py --data "$run/data" --output "$parts/vision_tower"
+
+# Each takes one core for minutes; `wait` passes on the failure of any.
+"$python" examples/quickstart/toy_llm.py --output "$parts/llm" & llm=$!
+"$python" examples/quickstart/toy_vae.py --data "$run/pretraining" --output "$parts/vae" & vae=$!
+"$python" examples/quickstart/toy_tower.py --data "$run/data" --output "$parts/vision_tower" & tower=$!
+wait "$llm"
+wait "$vae"
+wait "$tower"
 
 # The cache is for one VAE and one image size; any checkpoint that has them will do.
 "$python" tools/convert_hf_to_megatron.py --llm "$parts/llm" --vision-tower "$parts/vision_tower" --vae "$parts/vae" \

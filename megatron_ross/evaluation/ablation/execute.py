@@ -168,12 +168,13 @@ class _Stopped(RuntimeError):
 
 
 def _carry_out(config: AblationConfig, run: Run, root: Path, stop: threading.Event) -> None:
+    begin = time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
     settings = overlay(config, run)
     overlay_path(run).write_text(yaml.safe_dump(settings, sort_keys=False))
     for step in run_steps(config, run):
         _run_step(step, run.name, run.folder / "log.txt", root, stop)
-    result = collect_result(run, settings)
+    result = collect_result(run, settings, (time.monotonic() - begin) / 60)
     temporary = run.folder / f"{RESULT_NAME}.tmp"
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(run.folder / RESULT_NAME)

@@ -20,18 +20,25 @@ CURVES = ("lm_loss", "recon_loss")
 
 @dataclass(frozen=True)
 class Result:
-    """A run's result. `scores` is {"accuracy" (percent) | "loss" (nats): {category: value}}; `figures` are means over
-    the reconstructed images (empty without reconstruction); `curves` has "iteration" and the `CURVES`."""
+    """A run's result.
+
+    Attributes:
+        scores: {"accuracy" (percent) | "loss" (nats): {category: value}}.
+        figures: means over the reconstructed images; empty without reconstruction.
+        curves: "iteration" and the `CURVES`.
+        minutes: wall time of the command that finished the run.
+    """
 
     settings: dict[str, Any]
     scores: dict[str, dict[str, float]]
     figures: dict[str, float]
     curves: dict[str, list[float]]
     seconds_per_iteration: float
+    minutes: float
 
 
-def collect_result(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read what the steps of a run wrote."""
+def collect_result(run: Run, settings: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """Read what the steps of a run wrote; they took `minutes`."""
     rows = [json.loads(line) for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((run.folder / "answers.json").read_text())["scores"]
     return {
@@ -40,6 +47,7 @@ def collect_result(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
         "figures": mean_csv(run.folder / "reconstructions" / FIGURES_FILE) if run.arm.reconstructs else {},
         "curves": {name: [float(row[name]) for row in rows] for name in ("iteration", *CURVES)},
         "seconds_per_iteration": float(np.median([row["seconds_per_iteration"] for row in rows])),
+        "minutes": minutes,
     }
 
 

@@ -75,6 +75,7 @@ def write_results(config: AblationConfig, seeds: int, accuracy: dict[str, list[f
                 "recon_loss": [1.0, 0.5] if run.arm.reconstructs else [0.0, 0.0],
             },
             "seconds_per_iteration": 0.5,
+            "minutes": 2.0 + run.seed,
         }
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / RESULT_NAME).write_text(json.dumps(result))

@@ -25,7 +25,7 @@ class Scripts:
         self.code: dict[str, str] = {}
         monkeypatch.setattr(module, "start_steps", lambda config, seed: [Step("conversion", self._command("start"))])
         monkeypatch.setattr(module, "run_steps", lambda config, run: [self.step(run)])
-        monkeypatch.setattr(module, "collect_result", lambda run, settings: _result(settings))
+        monkeypatch.setattr(module, "collect_result", lambda run, settings, minutes: _result(settings))
 
     def step(self, run: Run) -> Step:
         return Step("training", self._command(run.arm.name, str(run.folder / "ran")))
@@ -36,7 +36,14 @@ class Scripts:
 
 
 def _result(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"settings": settings, "scores": {}, "figures": {}, "curves": {}, "seconds_per_iteration": 1.0}
+    return {
+        "settings": settings,
+        "scores": {},
+        "figures": {},
+        "curves": {},
+        "seconds_per_iteration": 1.0,
+        "minutes": 1.0,
+    }
 
 
 @pytest.fixture
