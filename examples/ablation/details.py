@@ -1,7 +1,7 @@
 """Pictures that turn on fine detail: a small digit, a thin line and up to five small shapes on a photograph.
 
 The picture is a 3x3 grid. Digit and line have a cell of their own, shapes lie in the others. At the tower's 112 pixels
-a digit is about 15 pixels high, that is one patch; a line is one and a half pixels wide.
+a digit is about 25 pixels high, that is two patches; a line is two pixels wide.
 """
 
 from __future__ import annotations
