@@ -62,12 +62,15 @@ class CheckpointSaver:
 
     Args:
         root: folder of the checkpoints.
-        assets: tokenizer and processor files that each checkpoint holds.
+        assets: tokenizer and processor files that each checkpoint holds. Copied from there once, then from the newest
+            checkpoint: what a run resumed from may have been removed since.
         timeout_minutes: of the collectives among writing threads.
     """
 
     def __init__(self, root: Path, assets: Path, policy: SavePolicy, timeout_minutes: float = 10.0) -> None:
-        self.root, self.assets, self.policy = root, assets, policy
+        self.root, self.policy = root, policy
+        self._assets = assets
+        self.newest: Path | None = None
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -122,7 +125,7 @@ class CheckpointSaver:
             write()
             paths = own_data_files(partial, rank)
             if rank == 0:
-                shutil.copytree(self.assets, partial / ASSETS_NAME, dirs_exist_ok=True)
+                shutil.copytree(self._assets, partial / ASSETS_NAME, dirs_exist_ok=True)
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
                 paths += other_files(partial)
             return checksums(partial, paths)
@@ -155,6 +158,7 @@ class CheckpointSaver:
         run_on_rank_0(
             lambda: _publish(pending.partial, directory, manifest), f"publish checkpoint {directory}", pending.partial
         )
+        self.newest, self._assets = directory, directory / ASSETS_NAME
         removed: list[int] = []
         run_on_rank_0(lambda: removed.extend(self._remove_superseded()), f"remove old checkpoints of {self.root}")
         removed = told_by_rank_0(removed)

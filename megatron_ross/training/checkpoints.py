@@ -64,6 +64,11 @@ class RunCheckpoints:
         return os.path.relpath(base, iteration_dir(self.root, iteration))
 
     @property
+    def newest(self) -> Path | None:
+        """The last checkpoint that this process has written; retention keeps it."""
+        return self._saver.newest
+
+    @property
     def is_writing(self) -> bool:
         return self._saver.is_writing
 

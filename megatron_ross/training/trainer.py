@@ -93,7 +93,7 @@ class Trainer:
             self.chunks,
             groups,
             layout.pp_rank_of("D"),
-            lambda: load_latent_encoder(open_checkpoint(self.base)),
+            lambda: load_latent_encoder(open_checkpoint(self._whole_checkpoint())),
             self.watchdog.beat,
         )
         self.checkpoints = RunCheckpoints(run, self.assets, self._print) if self.folder else None
@@ -281,10 +281,15 @@ class Trainer:
                 progress,
                 self.groups,
                 trainable_only=trainable_only,
-                source=self.base if self.run.data.latent_cache else None,
+                source=self._whole_checkpoint() if self.run.data.latent_cache else None,
             )
 
         self.checkpoints.save(Snapshot(manifest, state), is_last=is_last)
+
+    def _whole_checkpoint(self) -> Path:
+        """One with the parts that this run does not hold. The one it resumed from may have been removed since."""
+        newest = None if self.checkpoints is None else self.checkpoints.newest
+        return self.base if newest is None or self.run.training.save_trainable_only else newest
 
     def _announce(self) -> None:
         counts = parameter_counts(self.stages, self.groups)
