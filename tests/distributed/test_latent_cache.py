@@ -22,7 +22,7 @@ from megatron_ross.training.latents import CachingOptions, cache_data_set, check
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.sources import ROOT
-from tests.helpers.toy_run import curve, with_trainer, write_data
+from tests.helpers.toy_run import curve, train, with_trainer, write_data
 from tests.helpers.variants import Stored, make_variant, without_denoiser
 
 STEPS = 3
@@ -144,6 +144,22 @@ def test_no_rank_holds_the_vae_and_checkpoints_are_whole(
             assert torch.equal(saved.read(key).float(), first.read(key).float())
     resumed = run_ranks(curve, 1, settings | LAYOUTS["one process"][1] | {"load": str(tmp_path), "init_from": ""}, 1)[0]
     assert resumed["iteration"] == 1
+
+
+@pytest.mark.distributed
+def test_a_run_outlives_the_checkpoint_that_it_resumed_from(
+    settings: dict[str, Any], cache: Path, stored: Stored, tmp_path: Path
+) -> None:
+    """Retention removes it; the tokenizer, and the VAE that no rank holds, are taken from newer ones."""
+    flat = settings | LAYOUTS["one process"][1] | {"save": str(tmp_path), "load": str(tmp_path)}
+    flat |= {"latent_cache": str(cache), "save_interval": 1, "save_retain_last": 1}
+    for train_iters in (1, 4):
+        assert run_ranks(train, 1, flat | {"train_iters": train_iters}) == [""]
+    (kept,) = (tmp_path / "checkpoints").glob("iter_*")
+    assert kept.name == "iter_0000004"
+    saved, first = open_checkpoint(kept), open_checkpoint(stored.path)
+    assert saved.keys() == first.keys()
+    assert {path.name for path in (kept / "assets").iterdir()} >= {"tokenizer_config.json"}
 
 
 def test_caching_goes_on_where_it_stopped(settings: dict[str, Any], cache: Path, tmp_path: Path) -> None:
