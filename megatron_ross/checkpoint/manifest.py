@@ -21,6 +21,7 @@ from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.model_limits import check_model
 from megatron_ross.config.shown import shown
+from megatron_ross.text_files import replace_text
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -68,7 +69,7 @@ class Manifest:
         """Write `iteration_dir/manifest.json` atomically, with a checksum of its own."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))  # as `read` finds them: no tuples, all keys text
         fields[_CHECKSUM_FIELD] = _checksum(fields)
-        _replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(fields, indent=1) + "\n")
+        replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(fields, indent=1) + "\n")
 
     @classmethod
     def read(cls, iteration_dir: Path) -> Manifest:
@@ -164,17 +165,7 @@ def iteration_dir(root: Path, iteration: int) -> Path:
 
 def write_latest(root: Path, iteration: int) -> None:
     """Mark `iteration` as the newest complete one. Call it last: until then, readers see the previous one."""
-    _replace_text(Path(root) / LATEST_NAME, f"{iteration}\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, also after a power failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_text(Path(root) / LATEST_NAME, f"{iteration}\n")
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:

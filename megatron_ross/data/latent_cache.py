@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_ross.data.batch import ImageSpan
 from megatron_ross.data.errors import ImageError
 from megatron_ross.data.images import ImageProcessor
+from megatron_ross.text_files import replace_text
 
 _FORMAT = 1
 _KEY_NAME = "cache.json"
@@ -84,9 +85,7 @@ def create_cache(folder: Path, key: CacheKey) -> None:
     if path.exists():
         return check_cache(folder, key, advice="give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": _FORMAT} | dataclasses.asdict(key), indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps({"format": _FORMAT} | dataclasses.asdict(key), indent=1) + "\n")
 
 
 def check_cache(folder: Path, key: CacheKey, *, advice: str = _MAKE_ONE) -> None:

@@ -54,10 +54,3 @@ class RunFiles:
                 self._warned.add(path)
                 with contextlib.suppress(OSError):  # stderr may be a file on the same disk
                     print(f"warning: {reason}; training goes on (save_failure=continue)", file=sys.stderr, flush=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Rewrite a file so that whoever is interrupted leaves the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

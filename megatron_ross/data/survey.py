@@ -7,7 +7,6 @@ that was stopped goes on where it was. The same code runs as in training, so bot
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_ross.data.lengths import STUB_LENGTH, map_samples
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.data.packing import PackedOrder, utilisation
 from megatron_ross.data.records import Record
+from megatron_ross.text_files import replace_text
 
 SKIPPED = ("bad_record", "bad_conversation", "bad_image")
 """Kinds of findings for which training skips the sample, and counts it as `bad`."""
@@ -143,7 +143,8 @@ def survey_dataset(
     survey = Survey()
     for part in _read_progress(progress_file, head):
         survey.add(part)
-    _write_whole(progress_file, [json.dumps(head), json.dumps(vars(survey))])
+    # Whole, so that a line which was being written when the survey was stopped is gone.
+    replace_text(progress_file, f"{json.dumps(head)}\n{json.dumps(vars(survey))}\n")
     indices = range(len(survey.num_tokens), len(dataset))
     if show_progress and indices.start:
         print(f"{indices.start:,} samples were checked before; delete {progress_file} to check them again")
@@ -161,13 +162,6 @@ def survey_dataset(
         survey.add(part)
         file.write(json.dumps(vars(part)) + "\n")
     return survey
-
-
-def _write_whole(path: Path, lines: list[str]) -> None:
-    """Replace a file, so that a line which was being written when the survey was stopped is gone."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
 
 
 def _read_progress(path: Path, head: dict[str, Any]) -> Iterator[Survey]:

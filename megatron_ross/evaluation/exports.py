@@ -17,6 +17,7 @@ from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MAN
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.huggingface.chat_templates import chat_template
 from megatron_ross.huggingface.hub import local_folder
+from megatron_ross.text_files import replace_text
 
 ExportedFormat = Literal["ross", "llava"]
 WAIT_SECONDS = 3600.0
@@ -54,6 +55,13 @@ def exported_folder(
     return _export(resolve_checkpoint(root), format, rank, wait_seconds)
 
 
+def fingerprint(folder: Path) -> str:
+    """Another one whenever a file of the checkpoint in `folder` is another, or was written again."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
 def _export(iteration: Path, format: ExportedFormat, rank: int, wait_seconds: float) -> Path:
     """The export of one iteration, made if there is none or an old one."""
     iteration = iteration.resolve()
@@ -71,14 +79,14 @@ def _export(iteration: Path, format: ExportedFormat, rank: int, wait_seconds: fl
     elif output.exists():
         raise ValueError(f"{output} was not made by evaluation, or not completed: remove it")
     export_checkpoint(iteration, output, format, templates=chat_template)
-    mark.write_text(json.dumps({"manifest": digest}) + "\n")
+    replace_text(mark, json.dumps({"manifest": digest}) + "\n")
     return output
 
 
 def _is_current(mark: Path, digest: str) -> bool:
     try:
         return bool(json.loads(mark.read_text()).get("manifest") == digest)
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or damaged
         return False
 
 

@@ -18,7 +18,7 @@ from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
 from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.builtin.pope import PROMPTS
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.exports import exported_folder
+from megatron_ross.evaluation.exports import exported_folder, fingerprint
 from megatron_ross.evaluation.lmms_eval import run as lmms
 from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS, preset
 from megatron_ross.evaluation.vlmevalkit import run as vlmevalkit
@@ -171,9 +171,10 @@ def _builtin_options(args: Namespace) -> builtin.BuiltinOptions:
 
 
 def _settings(args: Namespace, folder: Path) -> dict[str, Any]:
-    """Command line, export, and versions of what took part."""
+    """Command line, what was exported, and versions of what took part."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {**given, "export": str(folder.resolve()), "versions": versions(_RECORDED_PACKAGES)}
+    export = {"export": str(folder.resolve()), "fingerprint": fingerprint(folder)}
+    return {**given, **export, "versions": versions(_RECORDED_PACKAGES)}
 
 
 def _rank() -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 from megatron_ross.config.json_files import read_json
 from megatron_ross.evaluation.benchmarks import Job, benchmarks
 from megatron_ross.evaluation.errors import FrameworkError
+from megatron_ross.text_files import replace_text
 
 PUBLISHED = Path(__file__).with_name("published.json")
 RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
-_SHARED = ("export", "preset")
+_SHARED = ("export", "fingerprint", "preset")
 """Settings that all results of a folder have in common."""
 
 
@@ -100,9 +100,10 @@ def earlier_results(output: Path, settings: dict[str, Any]) -> list[Result]:
         ) from None
     wanted = {name: settings[name] for name in _SHARED}
     if stored != wanted:
+        changed = stored["export"] == wanted["export"] and stored["fingerprint"] != wanted["fingerprint"]
         raise ValueError(
             f"{file} holds results of {stored['export']} with preset {stored['preset']}, not of {wanted['export']} "
-            f"with preset {wanted['preset']}: name another folder with --output"
+            f"{'as it is now ' if changed else ''}with preset {wanted['preset']}: name another folder with --output"
         )
     return results
 
@@ -118,9 +119,7 @@ def write_results(output: Path, results: Sequence[Result]) -> None:
     shared = {name: newest[0].settings[name] for name in _SHARED}
     summary = {**shared, "results": [asdict(entry) for entry in newest]}
     output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".{RESULTS_JSON}"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output / RESULTS_JSON)
+    replace_text(output / RESULTS_JSON, json.dumps(summary, indent=1) + "\n")
     (output / RESULTS_MD).write_text(markdown(newest), encoding="utf-8")
 
 

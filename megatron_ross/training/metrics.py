@@ -20,7 +20,7 @@ from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.shown import shown
-from megatron_ross.data.run_files import replace_text
+from megatron_ross.text_files import replace_text
 from megatron_ross.training.data import files_of
 from megatron_ross.training.samples import SAMPLES_FOLDER, Samples, sample_path
 from megatron_ross.training.wandb_run import WandbRun

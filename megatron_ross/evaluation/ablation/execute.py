@@ -22,6 +22,7 @@ from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME
 from megatron_ross.evaluation.ablation.plan import AblationConfig, Run
 from megatron_ross.evaluation.ablation.results import RESULT_NAME, collect_result, is_finished
 from megatron_ross.programs import end_group, start_program
+from megatron_ross.text_files import replace_text
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -175,9 +176,7 @@ def _carry_out(config: AblationConfig, run: Run, root: Path, stop: threading.Eve
     for step in run_steps(config, run):
         _run_step(step, run.name, run.folder / "log.txt", root, stop)
     result = collect_result(run, settings, (time.monotonic() - begin) / 60)
-    temporary = run.folder / f"{RESULT_NAME}.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(run.folder / RESULT_NAME)
+    replace_text(run.folder / RESULT_NAME, json.dumps(result, indent=1) + "\n")
 
 
 def _run_step(step: Step, name: str, log: Path, root: Path, stop: threading.Event) -> None:

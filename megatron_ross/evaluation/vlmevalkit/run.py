@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ross.evaluation.errors import FrameworkError, framework_errors
+from megatron_ross.evaluation.exports import fingerprint
 from megatron_ross.evaluation.vlmevalkit.launcher import INSTALL, find_run_py, launch, register
 
 NAME = "vlmevalkit"
@@ -35,7 +37,7 @@ def run_tasks(
     """
     run_py = find_run_py(source)
     names = ", ".join(datasets)
-    work = output / NAME
+    work = output / NAME / _name(model)
     with framework_errors(NAME, names, output, INSTALL):
         register(MODEL_NAME, model)
         arguments = ["--data", *datasets, "--model", MODEL_NAME, "--judge", JUDGE, "--work-dir", str(work.resolve())]
@@ -50,6 +52,12 @@ def run_tasks(
             "data that cannot be downloaded, or a crash)"
         )
     return scores
+
+
+def _name(model: dict[str, Any]) -> str:
+    """Of a folder for this model alone: run.py takes what it finds of the same day for this model's own answers."""
+    described = json.dumps([model, fingerprint(Path(model["model_path"]))], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
 def read_scores(work: Path, dataset: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ross.data.run_files import RunFiles, replace_text
+from megatron_ross.data.run_files import RunFiles
 from tests.helpers.full_disk import full_disk
 
 
@@ -30,13 +30,3 @@ def test_a_full_disk_ends_the_run_by_default(tmp_path: Path) -> None:
     with full_disk(10), pytest.raises(OSError, match=r"cannot write .*log\.jsonl \(File too large\); free space"):
         RunFiles().append(path, "does not fit\n")
     assert path.read_text() == ""
-
-
-def test_a_rewrite_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    replace_text(path, "old\n")
-    with full_disk(10), pytest.raises(OSError, match="File too large"):
-        replace_text(path, "new and longer\n")
-    assert path.read_text() == "old\n"
-    replace_text(path, "new and longer\n")
-    assert path.read_text() == "new and longer\n"

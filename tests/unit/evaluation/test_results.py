@@ -21,7 +21,7 @@ from megatron_ross.evaluation.results import (
 
 
 def settings(preset: str = "published", **given: Any) -> dict[str, Any]:
-    return {"checkpoint": "run", "export": "/run-ross", "preset": preset, "limit": None, **given}
+    return {"checkpoint": "run", "export": "/run-ross", "fingerprint": "1", "preset": preset, "limit": None, **given}
 
 
 def row(table: str, label: str) -> dict[str, str]:
@@ -101,6 +101,7 @@ def test_calls_add_to_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        (settings(fingerprint="2"), "not of /run-ross as it is now with preset published: name another"),
         (settings("default"), "of /run-ross with preset published, not of /run-ross with preset default: name another"),
         (settings(export="/b"), "not of /b with preset published: name another folder with --output"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,8 @@ def test_registration_is_in_memory(vlmeval: Path) -> None:
     assert isinstance(built.chat, ChatModel)
 
 
-def evaluate(tasks: str, output: Path, *extra: str) -> int:
-    words = ["--checkpoint", CHECKPOINT, "--tasks", tasks, "--framework", "vlmevalkit", "--output", str(output)]
+def evaluate(tasks: str, output: Path, *extra: str, checkpoint: str = CHECKPOINT) -> int:
+    words = ["--checkpoint", checkpoint, "--tasks", tasks, "--framework", "vlmevalkit", "--output", str(output)]
     return main([*words, "--device", "cpu", "--dtype", "fp32", *extra])
 
 
@@ -179,6 +180,24 @@ def test_one_command_and_what_run_py_does_not_say(
     assert evaluate("pope", tmp_path / "other") == 1
     assert "error: vlmevalkit left no score of POPE" in capsys.readouterr().err
     assert not (tmp_path / "other" / "results.json").exists()
+
+
+def test_answers_of_other_weights_are_never_taken(
+    vlmeval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.py goes on with the answers that it finds; after a crash there is no results.json that would refuse them."""
+    monkeypatch.setattr(adapter, "DECODING", Decoding(1))
+    original = Path(CHECKPOINT)
+    for name in (original.name, "vision_clip", "vae"):  # the latter two are named in its config
+        shutil.copytree(original.parent / name, tmp_path / name)
+    checkpoint = tmp_path / original.name
+    folders = []
+    for changes in (False, False, True):
+        if changes:
+            (checkpoint / "config.json").touch()
+        assert evaluate("pope", tmp_path / "results", checkpoint=str(checkpoint)) == 1
+        folders.append(len(list((tmp_path / "results").rglob("megatron_ross_POPE.json"))))
+    assert folders == [1, 1, 2]
 
 
 def test_ranks_but_the_first_leave_the_results_to_it(

@@ -1,0 +1,22 @@
+"""Text files that change all at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, also after a kill or a power failure.
+
+    One process at a time may write it. A killed one leaves `NAME.partial`, which the next overwrites.
+
+    Raises:
+        OSError: the file cannot be written; the old one is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
