@@ -78,7 +78,7 @@ def plot_quality(points: Sequence[QualityPoint], path: Path) -> None:
         for axis in (left, right):
             axis.axhline(getattr(points[-1], f"vae_{metric}"), color="grey", linestyle="--", label="VAE round trip")
             axis.grid(alpha=0.3)
-            axis.legend()
+            axis.legend(loc="center right")  # between the curves and the round trip
         left.set_ylabel(title)
     axes[-1][0].set_xlabel("training step")
     axes[-1][1].set_xlabel("sampling steps")
