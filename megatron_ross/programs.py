@@ -25,7 +25,7 @@ def start_program(command: Sequence[str], root: Path, output: IO[str] | None = N
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """End a process and everything it started, also what has outlived it: ask first, then insist."""
+    """End a process and everything it started. It is asked first; what is left when it has ended is killed."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

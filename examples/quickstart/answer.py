@@ -15,7 +15,8 @@ from jsonargparse import auto_cli
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_ross.evaluation.answers import answer_batch
+from megatron_ross.evaluation.answers import Question, answer_questions
+from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
 from megatron_ross.evaluation.held_out import OVERALL, means_by_category, read_questions
 from megatron_ross.huggingface import RossProcessor
@@ -37,23 +38,24 @@ def answer_all(checkpoint: Path, data: Path, output: Path, batch_size: int = 60)
         output: JSON file: {"accuracy": {"image" | "blank": {type: percent}}, "answers": [...]}.
     """
     model, processor = load_for_inference(str(checkpoint))
-    questions = read_questions(data / "heldout.json", data / "images")
-    given: dict[str, list[str]] = {"image": [], "blank": []}
-    for start in tqdm(range(0, len(questions), batch_size), desc="answers", unit="batch"):
-        batch = questions[start : start + batch_size]
-        texts, images = [q.text for q in batch], [open_image(q.image) for q in batch]
-        given["image"] += answer_batch(model, processor, texts, images, DECODING)
-        empty = [blank(image, processor) for image in images]
-        given["blank"] += answer_batch(model, processor, texts, empty, DECODING)
+    folder = data / "images"
+    questions = read_questions(data / "heldout.json", folder)
+    asked = {
+        "image": [Question(q.text, q.image) for q in questions],
+        "blank": [Question(q.text, blank(open_image(q.image), processor)) for q in questions],
+    }
+    given: dict[str, list[str]] = {}
+    for kind, about in asked.items():
+        answers = answer_questions(ChatModel(model, processor), about, DECODING, batch_size)
+        given[kind] = list(tqdm(answers, desc=f"answers, {kind}", total=len(about), unit="question"))
     categories = [q.category for q in questions]
     accuracy = {
         kind: means_by_category(
-            categories, [100 * (a.lower() == q.expected.lower()) for a, q in zip(answers, questions, strict=True)]
+            categories, [100 * q.is_answered_by(a) for a, q in zip(answers, questions, strict=True)]
         )
         for kind, answers in given.items()
     }
-    folder = data / "images"
-    answers = [
+    rows = [
         {
             "image": str(q.image.relative_to(folder)),
             "question": q.text,
@@ -64,7 +66,7 @@ def answer_all(checkpoint: Path, data: Path, output: Path, batch_size: int = 60)
         for q, a, b in zip(questions, given["image"], given["blank"], strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"accuracy": accuracy, "answers": answers}, indent=1))
+    output.write_text(json.dumps({"accuracy": accuracy, "answers": rows}, indent=1))
     with_images, without = accuracy["image"][OVERALL], accuracy["blank"][OVERALL]
     print(f"{len(questions)} questions: {with_images:.1f} % with images, {without:.1f} % with blank ones")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,22 +17,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and the reason."""
 
 
-def run_on_rank_0(action: Callable[[], None], what: str, cleanup: Path | None = None) -> None:
-    """Call `action` on rank 0; its OSError or ValueError is raised on every rank as CheckpointError."""
+def run_on_rank_0(action: Callable[[], Told], what: str, cleanup: Path | None = None) -> Told:
+    """Call `action` on rank 0; every rank gets what it returned. A collective.
+
+    Raises:
+        CheckpointError: on every rank; it raised an OSError or a ValueError.
+    """
+    told: list[Told | None] = [None]
     error = None
     if dist.get_rank() == 0:
         try:
-            action()
+            told[0] = action()
         except (OSError, ValueError) as caught:
             error = caught
     raise_together(error, what, cleanup)
-
-
-def told_by_rank_0(value: Told) -> Told:
-    """What rank 0 gave, on every rank. A collective."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    dist.broadcast_object_list(told, src=0)
+    return cast(Told, told[0])
 
 
 def raise_together(error: BaseException | None, what: str, cleanup: Path | None = None) -> None:

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0, told_by_rank_0
+from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0
 from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, MANIFEST_NAME, Manifest, iteration_dir, write_latest
 from megatron_ross.checkpoint.retention import PARTIAL_SUFFIX, remove_checkpoint, remove_leftovers, remove_superseded
@@ -87,9 +87,12 @@ class CheckpointSaver:
         """Remove what killed processes left in the root, before the first save; the names of what went.
 
         The save that a process was killed in may never be repeated: its partial would stay for ever.
+
+        Raises:
+            CheckpointError: on every rank; the root cannot be read.
         """
         assert self._pending is None, "a save is being written"
-        return told_by_rank_0(remove_leftovers(self.root) if dist.get_rank() == 0 else [])
+        return run_on_rank_0(lambda: remove_leftovers(self.root), f"look for leftovers in {self.root}")
 
     def save(self, manifest: Manifest, state: ShardedStateDict) -> None:
         """Begin to write ROOT/iter_N; `finish` ends it. Asynchronous saves return when the state is copied.
@@ -159,9 +162,7 @@ class CheckpointSaver:
             lambda: _publish(pending.partial, directory, manifest), f"publish checkpoint {directory}", pending.partial
         )
         self.newest, self._assets = directory, directory / ASSETS_NAME
-        removed: list[int] = []
-        run_on_rank_0(lambda: removed.extend(self._remove_superseded()), f"remove old checkpoints of {self.root}")
-        removed = told_by_rank_0(removed)
+        removed = run_on_rank_0(self._remove_superseded, f"remove old checkpoints of {self.root}")
         now = time.perf_counter()
         return SavedCheckpoint(directory, pending.stall + now - resumed, now - pending.begin, removed)
 

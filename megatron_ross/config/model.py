@@ -74,6 +74,10 @@ class VisionConfig:
     def num_image_tokens(self) -> int:
         return self.grid_size**2
 
+    def shown(self, image_aspect_ratio: str | None) -> VisionConfig:
+        """The tower with images that become square in another way; None: as they do already."""
+        return dataclasses.replace(self, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio)
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -134,7 +138,7 @@ class RossModelConfig:
     @property
     def same_tensors(self) -> RossModelConfig:
         """The model without what a run may set: equal for checkpoints whose tensors fit each other."""
-        vision = dataclasses.replace(self.vision, image_aspect_ratio="pad")
+        vision = self.vision.shown("pad")
         denoiser = dataclasses.replace(self.denoiser, objective="denoise") if self.denoiser else None
         return dataclasses.replace(self, vision=vision, denoiser=denoiser)
 

@@ -32,11 +32,11 @@ from megatron_ross.convert.llava_config import (
 from megatron_ross.convert.llava_tokenizer import add_image_token, write_tokenizer
 from megatron_ross.convert.model_card import model_card
 from megatron_ross.convert.sources import SOURCE_CONFIG, write_json
+from megatron_ross.data.conversation import END_TOKENS
 from megatron_ross.data.tokenizer import TextTokenizer
 
 _VOCABULARY_NAMES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LLAMA3_END = "<|eot_id|>"
 
 
 def export_llava(
@@ -105,7 +105,7 @@ def _template_name(reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase)
         return recorded
     if reader.manifest.model.language.family == "qwen2":
         return "qwen_2"
-    return "llama3" if _LLAMA3_END in tokenizer.get_vocab() else "v1"
+    return "llama3" if END_TOKENS["llama3"] in tokenizer.get_vocab() else "v1"
 
 
 def _extended(tensor: OutputTensor, rows: int) -> OutputTensor:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ross.config.schema import RunConfig
+
 
 class RunFiles:
     """Writes them; a disk that is full is treated as `save_failure` says.
@@ -19,6 +21,11 @@ class RunFiles:
     def __init__(self, *, goes_on: bool = False) -> None:
         self._goes_on = goes_on
         self._warned: set[Path | str] = set()
+
+    @classmethod
+    def of(cls, run: RunConfig) -> RunFiles:
+        """As the run's `save_failure` says."""
+        return cls(goes_on=run.training.save_failure == "continue")
 
     def append(self, path: Path, text: str) -> None:
         """Add whole lines. They are there or not, never a part of one that the next line would be glued to."""

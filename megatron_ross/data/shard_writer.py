@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_ross.data.dataset import RossDataset
 from megatron_ross.data.errors import ImageError
 from megatron_ross.data.shards import IMAGE_TYPES, write_sample
+from megatron_ross.text_files import replace_text
 
 _CONTENT = "content.json"
 
@@ -47,7 +48,7 @@ def _claim(folder: Path, content: str) -> None:
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     note = folder / _CONTENT
     if not note.exists():
-        note.write_text(json.dumps({"content": digest}) + "\n")
+        replace_text(note, json.dumps({"content": digest}) + "\n")
     elif json.loads(note.read_text())["content"] != digest:
         raise ValueError(f"{folder} holds shards of other samples or of another size; name an empty folder")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -22,18 +21,10 @@ class Question:
     image: Path | Image.Image
 
 
-def answer_batch(
-    model: Any, processor: Any, questions: Sequence[str], images: list[Image.Image], decoding: Decoding
-) -> list[str]:
-    """Answers without special tokens and outer blanks, one for each question and image."""
-    conversations = [[user_turn(text, [image])] for text, image in zip(questions, images, strict=True)]
-    return ChatModel(model, processor).answer(conversations, decoding)
-
-
 def answer_questions(
     model: ChatModel, questions: Sequence[Question], decoding: Decoding, batch_size: int
 ) -> Iterator[str]:
-    """The answers in the order of the questions; a batch is in memory at a time.
+    """Answers without special tokens and outer blanks, in the order of the questions; a batch is in memory at a time.
 
     Raises:
         ValueError: a file is no image. OSError: it cannot be read.

@@ -33,6 +33,10 @@ class HeldOutQuestion:
     text: str
     expected: str
 
+    def is_answered_by(self, answer: str) -> bool:
+        """It equals the expected one, letter case aside."""
+        return answer.lower() == self.expected.lower()
+
 
 @dataclass(frozen=True)
 class GivenAnswer:
@@ -87,7 +91,7 @@ def answer_questions(
         answers = chat.answer(asked, Decoding(MAX_NEW_TOKENS))
         scores = chat.score(asked, [question.expected for question in batch])
         given += [
-            GivenAnswer(q.image.name, q.category, q.text, q.expected, a, a.lower() == q.expected.lower(), loss)
+            GivenAnswer(q.image.name, q.category, q.text, q.expected, a, q.is_answered_by(a), loss)
             for q, a, (loss, _) in zip(batch, answers, scores, strict=True)
         ]
     return given

@@ -47,7 +47,7 @@ def result(job: Job, scores: dict[str, float], settings: dict[str, Any]) -> Resu
     task = job.task
     value = scores.get(task.metric) if task.metric is not None else None
     percent = None if value is None else value * task.scale
-    same = job.framework == job.benchmark.published_with and settings["preset"] == "published"
+    same = _is_published_with(job.benchmark.name, job.framework) and settings["preset"] == "published"
     return Result(job.benchmark.name, job.framework, task.task, scores, task.metric, percent, same, settings)
 
 
@@ -91,10 +91,9 @@ def earlier_results(output: Path, settings: dict[str, Any]) -> list[Result]:
     if not file.is_file():
         return []
     try:
-        summary = read_json(file)
-        results = [Result(**entry) for entry in summary["results"]]
-        stored = {name: summary[name] for name in _SHARED}
-    except (ValueError, KeyError, TypeError) as error:
+        results = [Result(**entry) for entry in read_json(file)["results"]]
+        stored = {name: results[0].settings[name] for name in _SHARED}
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{file} holds no results that can be added to ({error}): remove it, or name another folder with --output"
         ) from None
@@ -116,8 +115,7 @@ def write_results(output: Path, results: Sequence[Result]) -> None:
         results: in their order; of two for the same benchmark and framework, the later one counts.
     """
     newest = list({(entry.benchmark, entry.framework): entry for entry in results}.values())
-    shared = {name: newest[0].settings[name] for name in _SHARED}
-    summary = {**shared, "results": [asdict(entry) for entry in newest]}
+    summary = {"results": [asdict(entry) for entry in newest]}
     output.mkdir(parents=True, exist_ok=True)
     replace_text(output / RESULTS_JSON, json.dumps(summary, indent=1) + "\n")
     (output / RESULTS_MD).write_text(markdown(newest), encoding="utf-8")
@@ -153,7 +151,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     ]
     if settings["preset"] != "published":
         notes.append("† not asked as for the published figures: `--preset published` does that (docs/evaluation.md).")
-    if any(map(_other_framework, results)):
+    if not all(_is_published_with(e.benchmark, e.framework) for e in results):
         notes.append("* not the framework of the published figures: prompts and scoring differ.")
     limits = [f"{_label(e)} {e.settings['limit']}" for e in results if e.settings.get("limit")]
     if limits:
@@ -166,14 +164,14 @@ def _label(entry: Result) -> str:
     return known.label if known else entry.benchmark
 
 
-def _other_framework(entry: Result) -> bool:
-    """Whether its published figures come from another framework."""
-    known = benchmarks().get(entry.benchmark)
-    return known is not None and known.published_with != entry.framework
+def _is_published_with(benchmark: str, framework: str) -> bool:
+    """Whether that is the framework of its published figures; also of a benchmark that has none."""
+    known = benchmarks().get(benchmark)
+    return known is None or known.published_with == framework
 
 
 def _framework(entry: Result) -> str:
-    return entry.framework + (" *" if _other_framework(entry) else "")
+    return entry.framework + ("" if _is_published_with(entry.benchmark, entry.framework) else " *")
 
 
 def _shown(value: float | None) -> str:

@@ -16,7 +16,6 @@ from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, iterat
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavedCheckpoint, SavePolicy
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.data import trained_vision
 
 
 def prepare_run_folder(run: RunConfig) -> None:
@@ -79,10 +78,10 @@ class RunCheckpoints:
             CheckpointError: it failed, and `save_failure` is `stop` or it `is_last`.
         """
         self.finish()
-        if not self._has_saved:
-            self._has_saved = True
-            self._remove_leftovers()
         try:
+            if not self._has_saved:
+                self._has_saved = True
+                self._remove_leftovers()
             self._saver.save(snapshot.manifest, snapshot.state())
         except CheckpointError as error:
             self._failed(error, is_last)
@@ -130,7 +129,7 @@ class RunCheckpoints:
 def trained_model(model: RossModelConfig, run: RunConfig) -> RossModelConfig:
     """The model as its manifest describes it from now on: the tower sees the images that this run has shown it, and the
     denoiser has the objective it is trained with."""
-    model = replace(model, vision=trained_vision(run.data, model.vision))
+    model = replace(model, vision=model.vision.shown(run.data.image_aspect_ratio))
     if model.denoiser is None or not run.loss.denoiser_passes or run.trainability.freeze_mm_inv_projector:
         return model
     return replace(model, denoiser=replace(model.denoiser, objective=run.loss.recon_objective))

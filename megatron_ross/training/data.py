@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,6 @@ from megatron_ross.platform import current_device
 TrainingSet = RossDataset | ConcatDataset
 
 
-def trained_vision(data: DataConfig, vision: VisionConfig) -> VisionConfig:
-    """The tower's config with the images that the run trains on, which may be others than its checkpoint's."""
-    return replace(vision, image_aspect_ratio=data.image_aspect_ratio or vision.image_aspect_ratio)
-
-
 def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
     """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower.
 
@@ -60,7 +54,7 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             source.image_folder or None,
             tokenizer,
             run.data.template,
-            ImageProcessor.from_config(trained_vision(run.data, vision)),
+            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio)),
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
@@ -200,13 +194,8 @@ def _bad_sample_policy(run: RunConfig, *, write: bool) -> BadSamplePolicy:
         max_bad_share=run.data.max_bad_sample_share,
         max_mismatch_share=run.data.max_mismatch_share,
         quarantine_path=folder / f"quarantine_rank{dist.get_rank()}.jsonl" if folder else None,
-        files=files_of(run),
+        files=RunFiles.of(run),
     )
-
-
-def files_of(run: RunConfig) -> RunFiles:
-    """What writes the files of a run folder beside its checkpoints."""
-    return RunFiles(goes_on=run.training.save_failure == "continue")
 
 
 def _maximum_over_ranks(flags: Tensor) -> Tensor:

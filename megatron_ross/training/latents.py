@@ -37,7 +37,7 @@ from megatron_ross.data.latent_cache import (
     write_shard,
 )
 from megatron_ross.models.latents import LatentEncoder
-from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset, trained_vision
+from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset
 from megatron_ross.training.start import start_path
 
 _MAX_EXAMPLES = 5
@@ -53,7 +53,7 @@ def cache_key(checkpoint: CheckpointReader, data: DataConfig) -> CacheKey:
     assert model.vae is not None
     return CacheKey.of(
         digest,
-        ImageProcessor.from_config(trained_vision(data, model.vision)),
+        ImageProcessor.from_config(model.vision.shown(data.image_aspect_ratio)),
         latent_channels=model.vae.latent_channels,
         grid_size=model.vision.grid_size,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import resource
 import time
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.shown import shown
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.text_files import replace_text
-from megatron_ross.training.data import files_of
-from megatron_ross.training.samples import SAMPLES_FOLDER, Samples, sample_path
+from megatron_ross.training.samples import Samples, drop_samples_after, sample_path
 from megatron_ross.training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
@@ -168,12 +167,16 @@ def _peak_memory_gib() -> float:
 
 
 class RunLog:
-    """Writes metrics; made on the logging rank only."""
+    """Writes metrics; made on the logging rank only.
 
-    def __init__(self, run: RunConfig, train_iters: int, start_iteration: int) -> None:
+    Args:
+        files: writes the files among the destinations.
+    """
+
+    def __init__(self, run: RunConfig, files: RunFiles, train_iters: int, start_iteration: int) -> None:
         self._train_iters = train_iters
         self._folder = Path(run.training.save) if run.training.save else None
-        self._files = files_of(run)
+        self._files = files
         self._tensorboard = self._wandb = None
         self._coming: dict[int, Path] = {}
         if self._folder is None:
@@ -181,7 +184,7 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, VALIDATION_FILE):
             _drop_lines_after(self._folder / name, start_iteration)
-        _drop_samples_after(self._folder / SAMPLES_FOLDER, start_iteration)
+        drop_samples_after(self._folder, start_iteration)
         if run.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -202,7 +205,7 @@ class RunLog:
         self._write(VALIDATION_FILE, "valid", metrics)
 
     def write_samples(self, iteration: int, samples: Samples) -> None:
-        """Answers to the run's folder, TensorBoard and Weights & Biases; pictures to the latter, once there are any."""
+        """Answers to the run's folder, TensorBoard and Weights & Biases; pictures to the latter two, once painted."""
         assert self._folder is not None, "without a folder there is nowhere to write to"
         self._log_pictures(iteration)
         self._files.say(_samples_line(iteration, self._train_iters, samples))
@@ -212,7 +215,7 @@ class RunLog:
             path = sample_path(self._folder, iteration, ".json")
             with self._files.writing(path):
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(text + "\n", encoding="utf-8")
+                replace_text(path, text + "\n")
             self._log_answers(iteration, answers)
         if samples.picture is not None:
             self._coming[iteration] = samples.picture
@@ -245,9 +248,9 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log_scalars(scalars, metrics.iteration)
 
-    def close(self) -> None:
-        """After `Observations.finish`, so that the last pictures are there."""
-        self._log_pictures(self._train_iters)
+    def close(self, iteration: int) -> None:
+        """After `Observations.finish`, so that the last pictures are there, and after this iteration."""
+        self._log_pictures(iteration)
         self._to_tensorboard("close")
         if self._wandb is not None:
             self._wandb.finish()
@@ -323,14 +326,6 @@ def _drop_lines_after(path: Path, iteration: int) -> None:
     """A resumed run rewrites what came after its checkpoint, so every iteration stands in the file once."""
     if path.exists():
         replace_text(path, "".join(line + "\n" for line in _lines_until(path, iteration)))
-
-
-def _drop_samples_after(folder: Path, iteration: int) -> None:
-    """So that a picture that is there has been painted by this run."""
-    for path in folder.glob("iteration-*"):
-        found = re.match(r"iteration-(\d+)\.", path.name)
-        if found is not None and int(found[1]) > iteration:
-            path.unlink()
 
 
 def _lines_until(path: Path, iteration: int) -> Iterator[str]:

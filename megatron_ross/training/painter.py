@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from megatron_ross.data.run_files import RunFiles
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.pictures import below_each_other, side_by_side, to_pil
 from megatron_ross.models.reconstruction import ReconstructionHead
+from megatron_ross.threads import in_thread
 
 
 class Painter:
@@ -56,12 +57,11 @@ class Painter:
         head, seeds = self._head, range(len(pixels))
         if head.objective == "regress":  # one pass, which switches TF32: not beside training
             latents = head.sample_latents(conditions, self._respacing, seeds)
-            sample: Callable[[], Tensor] = lambda: latents  # noqa: E731
+            sample: Callable[[], Tensor] = latents.clone  # painted already
         else:
-            denoiser = copy.deepcopy(head.denoiser)
-            sample = lambda: head.sample_latents(conditions, self._respacing, seeds, denoiser)  # noqa: E731
+            sample = partial(head.sample_latents, conditions, self._respacing, seeds, copy.deepcopy(head.denoiser))
         stream = _side_stream(conditions.device)
-        self._work = _in_thread(lambda: self._paint(sample, pixels, path, stream))
+        self._work = in_thread(partial(self._paint, sample, pixels, path, stream), "painter")
 
     def finish(self) -> None:
         """Wait for what is in work. Raises what went wrong with it."""
@@ -80,11 +80,11 @@ class Painter:
             for image, latents in zip(pixels.split(1), sample().split(1), strict=True):
                 panels = (encoder.vae_input(image), encoder.round_trip(image), encoder.decode_latents(latents))
                 rows.append(side_by_side([to_pil(panel)[0] for panel in panels]))
-        partial = path.with_name(path.name + ".partial")
+        unfinished = path.with_name(path.name + ".partial")
         with self._files.writing(path):
             path.parent.mkdir(exist_ok=True)
-            below_each_other(rows).save(partial, format="PNG")
-            os.replace(partial, path)
+            below_each_other(rows).save(unfinished, format="PNG")
+            os.replace(unfinished, path)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -94,18 +94,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream
-
-
-def _in_thread(work: Callable[[], None]) -> Future[None]:
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # for `finish`, in the main thread
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    threading.Thread(target=run, name="painter", daemon=True).start()
-    return done

@@ -10,6 +10,7 @@ is not: the replica's last tensor-parallel rank with the denoiser paints in a th
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +27,18 @@ from megatron_ross.data.batch import RossSample
 from megatron_ross.data.conversation import END_TOKENS, first_question
 from megatron_ross.data.errors import SampleError
 from megatron_ross.data.records import Record
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.data.tokenizer import TextTokenizer
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
-from megatron_ross.training.data import TrainingSet, files_of
+from megatron_ross.training.data import TrainingSet
 from megatron_ross.training.forward_only import forward_only
 from megatron_ross.training.greedy import ForwardPasses, greedy_tokens
 from megatron_ross.training.painter import Painter
 
 _CANDIDATES = 256
-SAMPLES_FOLDER = "samples"
+_FOLDER = "samples"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,15 @@ class Samples:
 
 def sample_path(save: str | Path, iteration: int, suffix: str) -> Path:
     """File with the pictures (`.png`) or answers (`.json`) of an iteration."""
-    return Path(save) / SAMPLES_FOLDER / f"iteration-{iteration:07d}{suffix}"
+    return Path(save) / _FOLDER / f"iteration-{iteration:07d}{suffix}"
+
+
+def drop_samples_after(save: Path, iteration: int) -> None:
+    """Remove files of later iterations, so that a picture that is there has been painted by this run."""
+    for path in (save / _FOLDER).glob("iteration-*"):
+        found = re.match(r"iteration-(\d+)\.", path.name)
+        if found is not None and int(found[1]) > iteration:
+            path.unlink()
 
 
 class SampleMaker:
@@ -97,7 +107,7 @@ class SampleMaker:
         self._painter: Painter | None = None
         heads = [chunk.module.reconstruction for chunk in chunks if chunk.module.spec.has("D")]
         if heads and self._pictured and self._is_last_replica and groups.tp.rank() == groups.tp.size() - 1:
-            self._painter = Painter(heads[0], encoder, settings.picture_steps, files_of(run))
+            self._painter = Painter(heads[0], encoder, settings.picture_steps, RunFiles.of(run))
 
     @property
     def _is_last_replica(self) -> bool:

@@ -22,6 +22,7 @@ from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.batch import RossMicrobatch
 from megatron_ross.data.order import SampleOrder
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.parallel.grad_sync import finalize_gradients
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.parallel.param_gather import gather_now
@@ -30,7 +31,7 @@ from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
-from megatron_ross.training.data import build_dataset, build_loader, build_order, files_of, source_names
+from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
@@ -56,7 +57,7 @@ class Trainer:
     def __init__(self, run: RunConfig, manifest: Manifest, layout: StageLayout, groups: ParallelGroups) -> None:
         self.run, self.layout, self.groups = run, layout, groups
         self.folder = Path(run.training.save) if run.training.save else None
-        self.files = files_of(run)
+        self.files = RunFiles.of(run)
         self.watchdog = Watchdog(60 * run.training.hang_timeout_minutes, self.folder)
         self.watchdog.beat("start")
         source = resolve_checkpoint(start_path(run))
@@ -123,7 +124,7 @@ class Trainer:
             TrainingError: too many steps with non-finite gradients. CheckpointError: a checkpoint cannot be written.
         """
         self._announce()
-        log = RunLog(self.run, self.train_iters, self.iteration) if self.groups.is_logging_rank else None
+        log = RunLog(self.run, self.files, self.train_iters, self.iteration) if self.groups.is_logging_rank else None
         stop = StopSignal(self.run.training.preemption_grace_seconds)
         interval = Interval()
         saved_at, stopped_by = self.iteration, 0
@@ -180,7 +181,7 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.close()
         if log is not None:
-            log.close()
+            log.close(self.iteration)
 
     def _flops(self, work: Work) -> float:
         run = self.run

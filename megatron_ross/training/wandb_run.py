@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_ross.config.cli import ConfigError
+from megatron_ross.text_files import replace_text
 
 ID_FILE = "wandb-id"
 
@@ -51,9 +52,6 @@ class WandbRun:
 def _kept_id(folder: Path) -> str:
     """The id of the run that this folder belongs to; made and written down at its first start."""
     path = folder / ID_FILE
-    known = path.read_text().strip() if path.exists() else ""
-    if known:
-        return known
-    new = uuid.uuid4().hex
-    path.write_text(new + "\n")
-    return new
+    if not path.exists():
+        replace_text(path, f"{uuid.uuid4().hex}\n")
+    return path.read_text().strip()

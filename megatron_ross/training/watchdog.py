@@ -1,7 +1,7 @@
 """Ends a run that stands still: every rank shows where it stands, and says which ranks do not answer.
 
-Collectives have time limits of their own. This one covers what they do not: a rank stopped by the system, a deadlock
-among threads, a file system that does not answer. It needs no cooperation of the main thread.
+It covers what the time limits of collectives do not, a deadlock among threads or a file system that does not answer.
+Its limit is shorter than theirs, because they only say that somebody is missing. It needs no help of the main thread.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import TextIO
 
 import torch.distributed as dist
+
+from megatron_ross.threads import in_thread
 
 FOLDER_NAME = "hang"
 _LAST_RESORT_S = 30.0
@@ -67,38 +68,29 @@ class Watchdog:
         rank, patience_s = dist.get_rank(), min(_PATIENCE_S, self._limit_s / 2)
         stands = f"rank {rank}: no progress for {self._limit_s:.0f} s in {self._phase}; it stands at\n{_stacks()}\n"
         answer: Future[str] = Future()
-        writers = [_in_background(_write_to_stderr, stands, answer)]
+        reports = [in_thread(partial(_report, sys.stderr, stands, answer), "watchdog")]
         if self._folder is not None:
-            writers.append(_in_background(_write_to_file, self._folder / f"rank-{rank}.txt", stands, answer))
-        heard: SimpleQueue[str] = SimpleQueue()
-        _in_background(lambda: heard.put(_ask_the_others(self._phase, patience_s)))
+            path = self._folder / f"rank-{rank}.txt"
+            reports.append(in_thread(partial(_report_to_file, path, stands, answer), "watchdog"))
+        asking = in_thread(partial(_ask_the_others, self._phase, patience_s), "watchdog")
         try:
-            answer.set_result(heard.get(timeout=patience_s + _WRITING_S))
-        except Empty:
+            answer.set_result(asking.result(patience_s + _WRITING_S))
+        except TimeoutError:
             answer.set_result("cannot ask the other ranks: who holds their store (rank 0, or torchrun) does not answer")
-        deadline = time.monotonic() + _WRITING_S
-        for writer in writers:
-            writer.join(max(0.0, deadline - time.monotonic()))
+        wait(reports, _WRITING_S)
         os._exit(1)
 
 
-def _in_background(function: Callable[..., Any], *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=function, args=args, name="watchdog", daemon=True)
-    thread.start()
-    return thread
+def _report(out: TextIO, stands: str, answer: Future[str]) -> None:
+    print(stands, end="", file=out, flush=True)
+    print(answer.result(), file=out, flush=True)
 
 
-def _write_to_stderr(stands: str, answer: Future[str]) -> None:
-    print(stands, end="", file=sys.stderr, flush=True)
-    print(answer.result(), file=sys.stderr, flush=True)
-
-
-def _write_to_file(path: Path, stands: str, answer: Future[str]) -> None:
+def _report_to_file(path: Path, stands: str, answer: Future[str]) -> None:
     with contextlib.suppress(OSError):  # stderr has it, too
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(stands)
-        with path.open("a") as file:
-            file.write(f"{answer.result()}\n")
+        with path.open("w") as file:
+            _report(file, stands, answer)
 
 
 def _stacks() -> str:

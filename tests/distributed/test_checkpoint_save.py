@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import resource
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavePolicy
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
+from tests.helpers.full_disk import full_disk
 from tests.helpers.golden import model_config
 from tests.helpers.toy_run import two_stage_settings, with_trainer
 
@@ -87,15 +87,11 @@ def _save_twice(rank: int, world_size: int, flat: dict[str, Any]) -> str:
         trainer._step()
         trainer.save()
         trainer._step()
-        if rank == 1:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
-            resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, resource.RLIM_INFINITY))
-        try:
-            trainer.save()
-        except CheckpointError as error:
-            return str(error)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with full_disk(SMALL_FILE) if rank == 1 else contextlib.nullcontext():
+            try:
+                trainer.save()
+            except CheckpointError as error:
+                return str(error)
         return ""
 
     return with_trainer(flat, act)

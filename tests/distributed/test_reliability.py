@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import time
@@ -26,6 +25,7 @@ from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
+from tests.helpers.full_disk import full_disk
 from tests.helpers.toy_run import curve, train, two_stage_settings, with_trainer
 
 SLOW_DISK_S = 20.0  # longer than a step takes
@@ -133,20 +133,15 @@ def _fill_disk_at(rank: int, world_size: int, flat: dict[str, Any], iteration: i
     """No file of rank 1 may grow any more while the save of `iteration` begins; afterwards all is well again."""
 
     def act(trainer: Trainer) -> str:
-        save, unlimited = trainer.save, resource.RLIM_INFINITY
+        save = trainer.save
 
         def limited(**kwargs: Any) -> None:
             full = rank == 1 and trainer.iteration == iteration
-            if full:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit is an OSError
-                resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, unlimited))
-            try:
+            with full_disk(SMALL_FILE) if full else contextlib.nullcontext():
                 save(**kwargs)
                 if full and trainer.checkpoints is not None:
                     while trainer.checkpoints.is_writing:  # the writer meets the limit, too
                         continue
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
 
         trainer.save = limited  # type: ignore[method-assign]
         try:

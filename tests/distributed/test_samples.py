@@ -16,7 +16,8 @@ from PIL import Image
 
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint
-from megatron_ross.evaluation.answers import answer_batch
+from megatron_ross.evaluation.answers import Question, answer_questions
+from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.pictures import PANEL_GAP_PX, to_pil
@@ -149,7 +150,7 @@ def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 def test_answers_are_those_of_the_exported_model(run: Run, exported: Path, settings: dict[str, Any]) -> None:
-    model, processor = load_for_inference(str(exported), device="cpu", template="qwen_2")
+    chat = ChatModel(*load_for_inference(str(exported), device="cpu", template="qwen_2"))
     found = answers(run[0])
     assert len(found) == NUM_ANSWERS
     for entry in found:
@@ -158,7 +159,8 @@ def test_answers_are_those_of_the_exported_model(run: Run, exported: Path, setti
         assert "3_0.png" not in entry["images"]  # broken
         text = entry["question"].replace("<image>", "").strip()
         if len(images) == 1:
-            assert answer_batch(model, processor, [text], images, Decoding(NEW_TOKENS)) == [entry["answer"]]
+            question = Question(text, images[0])
+            assert list(answer_questions(chat, [question], Decoding(NEW_TOKENS), 1)) == [entry["answer"]]
     assert sum(len(entry["images"]) == 1 for entry in found) >= 2
     records = json.loads(Path(settings["valid_data_path"]).read_text())
     assert [e["expected"] for e in found] == [records[e["sample_id"]]["conversations"][1]["value"] for e in found]

@@ -74,7 +74,7 @@ def test_chat_interface_agrees(exported: Path, local: Local) -> None:
 def test_text_alone_and_several_rounds(exported: Path, local: Local) -> None:
     lm = simple(exported)
     scores, samples = evaluate(lm, local, "toy_text", "toy_rounds")
-    decoding = lm.decoding({"max_new_tokens": 6})
+    decoding = Decoding(max_new_tokens=6)
     alone = [lm.chat.answer([[user_turn(r["question"] + SHORT)]], decoding)[0] for r in local.records]
     assert responses(samples["toy_text"]) == alone
     assert scores["toy_rounds"]["num_answers,none"] == 2

@@ -15,7 +15,7 @@ from tests.helpers.sources import Import, imports_of, project_files
 
 # Modules and packages of megatron_ross, lowest layer first.
 LAYERS = [
-    {"config", "platform", "compat", "programs", "text_files"},
+    {"config", "platform", "compat", "programs", "text_files", "threads"},
     {"planner"},
     {"data"},
     {"parallel", "ops", "precision"},

@@ -89,7 +89,7 @@ def _group(
         parts.append(f"Reconstructions of {config.paint.limit} held-out images:")
         parts.append(_figure_table(shown))
     minutes = [result.minutes for by_seed in shown.values() for result in by_seed.values()]
-    parts.append(f"Wall time of a run, training to reconstruction: {min(minutes):.1f} to {max(minutes):.1f} minutes.")
+    parts.append(f"Wall time of the command that finished a run: {min(minutes):.1f} to {max(minutes):.1f} minutes.")
     if group.comparisons:
         parts.append(
             f"Paired differences, arm minus baseline of the same seed, over all categories, with Student's "

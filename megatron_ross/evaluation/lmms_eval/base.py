@@ -15,7 +15,6 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from megatron_ross.evaluation.chat_model import ChatModel, Conversation
-from megatron_ross.evaluation.generate import Decoding
 from megatron_ross.evaluation.lmms_eval.decoding import task_decoding
 from megatron_ross.evaluation.presets import preset
 
@@ -62,10 +61,6 @@ class LmmsModel(lmms):
         """A question's record."""
         return self.task_dict[task][split][doc_id]
 
-    def decoding(self, gen_kwargs: dict[str, Any]) -> Decoding:
-        """A task's `generation_kwargs` as decoding."""
-        return task_decoding(gen_kwargs, self.chat.preset)
-
     def answer_all(self, requests: Sequence[tuple[Callable[[], Conversation], dict[str, Any]]]) -> list[str]:
         """Answers in the order of the requests; those with equal settings are answered together.
 
@@ -78,7 +73,7 @@ class LmmsModel(lmms):
         answers = [""] * len(requests)
         with self.progress(len(requests)) as bar:
             for indices in groups.values():
-                decoding = self.decoding(requests[indices[0]][1])
+                decoding = task_decoding(requests[indices[0]][1], self.chat.preset)
                 for batch in batches(indices, self.batch_size):
                     given = self.chat.answer([requests[i][0]() for i in batch], decoding)
                     for i, answer in zip(batch, given, strict=True):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_ross.evaluation.generate import open_image
 from megatron_ross.evaluation.lmms_eval.base import LmmsModel
+from megatron_ross.evaluation.lmms_eval.decoding import task_decoding
 from megatron_ross.evaluation.lmms_eval.simple import MAX_ROUNDS
 from megatron_ross.evaluation.prompts import Turn
 
@@ -37,7 +38,7 @@ class MegatronRossChat(LmmsModel):
         return lambda: turns(doc_to_messages(self.document(*where)))
 
     def _rounds(self, _: str, doc_to_messages: Any, gen_kwargs: Any, *where: Any) -> list[str]:
-        document, decoding = self.document(*where), self.decoding(gen_kwargs)
+        document, decoding = self.document(*where), task_decoding(gen_kwargs, self.chat.preset)
         messages, info = doc_to_messages(document), None
         said: list[Turn] = []
         given: list[str] = []

@@ -9,6 +9,7 @@ from lmms_eval.api.instance import GenerationResult, Instance
 
 from megatron_ross.evaluation.chat_model import Conversation
 from megatron_ross.evaluation.lmms_eval.base import LmmsModel, batches
+from megatron_ross.evaluation.lmms_eval.decoding import task_decoding
 from megatron_ross.evaluation.prompts import Turn, user_turn
 
 MAX_ROUNDS = 32
@@ -54,7 +55,7 @@ class MegatronRoss(LmmsModel):
         return lambda: [user_turn(context, _pictures(doc_to_visual, self.document(*where)))]
 
     def _rounds(self, context: str, gen_kwargs: Any, doc_to_visual: Any, doc_to_text: Any, *where: Any) -> list[str]:
-        document, decoding = self.document(*where), self.decoding(gen_kwargs)
+        document, decoding = self.document(*where), task_decoding(gen_kwargs, self.chat.preset)
         said: list[Turn] = []
         given: list[str] = []
         info: Any = None

@@ -36,7 +36,7 @@ def test_tables_hold_means_deviations_and_intervals(report: str) -> None:
     assert "| denoise - off | accuracy | +10.0, +10.1, +9.9 | +10.0 | +9.8 to +10.2 |" in report
     assert "| weight-3 - off | accuracy | -1.0 | -1.0 | - |" in report
     assert "the command" in report
-    assert "Wall time of a run, training to reconstruction: 3.0 to 5.0 minutes." in report
+    assert "Wall time of the command that finished a run: 3.0 to 5.0 minutes." in report
 
 
 def test_verdicts_claim_what_the_intervals_allow(report: str) -> None:
