@@ -1,8 +1,9 @@
-"""Text files that change all at once."""
+"""Files that change all at once, and are on disk then."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -20,3 +21,14 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_files([path.parent])
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until these are on disk; of a folder, the names in it."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

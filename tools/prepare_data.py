@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib
 
-from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import ASSETS_NAME
 from megatron_ross.config.blend import data_sources
 from megatron_ross.config.cli import ConfigError, parse_run_config
 from megatron_ross.config.schema import RunConfig
@@ -38,7 +38,7 @@ from megatron_ross.data.survey import (
 )
 from megatron_ross.platform import quieten
 from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
-from megatron_ross.training.start import start_path
+from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import num_iterations
 
 EFFECTS = {
@@ -78,9 +78,9 @@ def open_data(options: argparse.Namespace, run: RunConfig) -> TrainingSet:
         return build_dataset(run, known_model(options.model).vision, Path(options.tokenizer))
     if not run.training.init_from and not run.training.load:
         raise ConfigError("init_from='': name a checkpoint to start from, or give both --model and --tokenizer")
-    checkpoint = resolve_checkpoint(start_path(run))
-    model = known_model(options.model) if options.model else Manifest.read(checkpoint).model
-    return build_dataset(run, model.vision, Path(options.tokenizer or checkpoint / ASSETS_NAME))
+    start = start_of(run)
+    model = known_model(options.model) if options.model else start.manifest.model
+    return build_dataset(run, model.vision, Path(options.tokenizer or start.directory / ASSETS_NAME))
 
 
 def survey_sources(options: argparse.Namespace, run: RunConfig, data: TrainingSet) -> list[Source]:

@@ -67,9 +67,19 @@ class Manifest:
 
     def write(self, iteration_dir: Path) -> None:
         """Write `iteration_dir/manifest.json` atomically, with a checksum of its own."""
-        fields = json.loads(json.dumps(dataclasses.asdict(self)))  # as `read` finds them: no tuples, all keys text
+        fields = self._fields()
         fields[_CHECKSUM_FIELD] = _checksum(fields)
         replace_text(Path(iteration_dir) / MANIFEST_NAME, json.dumps(fields, indent=1) + "\n")
+
+    @property
+    def digest(self) -> str:
+        """Of everything in it, with the other files' checksums: equal for equal checkpoints alone."""
+        return _checksum(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        """As `read` finds them: no tuples, all keys text."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
 
     @classmethod
     def read(cls, iteration_dir: Path) -> Manifest:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_ross.checkpoint.manifest import MANIFEST_NAME, Manifest, iteration_dir
+from megatron_ross.checkpoint.manifest import LATEST_NAME, MANIFEST_NAME, Manifest, iteration_dir
 
 PARTIAL_SUFFIX = ".incomplete"
 """Of the folder of a checkpoint that is being written."""
@@ -21,9 +21,11 @@ def complete_iterations(root: Path) -> list[int]:
 
 def earlier_checkpoint(directory: Path) -> str:
     """Words that offer the complete checkpoint before `directory`, or say that there is none."""
-    iterations = complete_iterations(directory.parent)
-    earlier = [path for i in iterations if (path := iteration_dir(directory.parent, i)) < directory]
-    return f" (to go on from the one before: load={earlier[-1]})" if earlier else " (there is none before it)"
+    root = directory.parent
+    earlier = [i for i in complete_iterations(root) if iteration_dir(root, i) < directory]
+    if not earlier:
+        return " (there is none before it)"
+    return f" (to go on from the one before: write {earlier[-1]} into {root / LATEST_NAME}, and load={root})"
 
 
 def superseded(iterations: list[int], retain_last: int | None, retain_interval: int | None) -> list[int]:
@@ -40,14 +42,18 @@ def superseded(iterations: list[int], retain_last: int | None, retain_interval: 
     return [i for i in iterations if i not in newest and (retain_interval is None or i % retain_interval)]
 
 
-def remove_superseded(root: Path, retain_last: int | None, retain_interval: int | None) -> list[int]:
+def remove_superseded(root: Path, newest: int, retain_last: int | None, retain_interval: int | None) -> list[int]:
     """Delete what `superseded` names, except the bases of trainable-only checkpoints that stay; returns what went.
 
+    Args:
+        newest: the iteration just saved. Later ones are of a run that has gone back since: they are not counted, and
+            stay until they are saved again or superseded.
+
     Raises:
-        OSError: a folder cannot be removed. ValueError: a manifest cannot be read.
+        OSError: a folder cannot be removed or read.
     """
     iterations = complete_iterations(root)
-    going = superseded(iterations, retain_last, retain_interval)
+    going = superseded([i for i in iterations if i <= newest], retain_last, retain_interval)
     if not going:
         return []
     needed = _bases(root, [i for i in iterations if i not in going])
@@ -86,10 +92,12 @@ def _bases(root: Path, iterations: list[int]) -> set[Path]:
     queue = [iteration_dir(root, i) for i in iterations]
     while queue:
         directory = queue.pop()
-        base = Manifest.read(directory).base
+        try:
+            base = Manifest.read(directory).base
+        except ValueError:  # missing or damaged: nobody can load it, so it needs no base
+            continue
         path = None if base is None else (directory / base).resolve()
         if path is not None and path not in found:
             found.add(path)
-            if (path / MANIFEST_NAME).is_file():
-                queue.append(path)
+            queue.append(path)
     return found

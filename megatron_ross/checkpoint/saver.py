@@ -27,6 +27,7 @@ from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, MANIFEST_NAME, Manifest, iteration_dir, write_latest
 from megatron_ross.checkpoint.retention import PARTIAL_SUFFIX, remove_checkpoint, remove_leftovers, remove_superseded
 from megatron_ross.checkpoint.writer import InProcessSave
+from megatron_ross.text_files import sync_files
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,20 @@ class SavePolicy:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """What a finished save was: its folder, seconds that training stood still for it, and seconds until it was done."""
+    """What a finished save was.
+
+    Attributes:
+        stall_seconds: that training stood still for it.
+        total_seconds: until it was done.
+        removed: iterations of older checkpoints that went.
+        complaint: why older ones could not be removed; empty if all is well.
+    """
 
     directory: Path
     stall_seconds: float
     total_seconds: float
     removed: list[int]
+    complaint: str
 
 
 @dataclass
@@ -131,6 +140,7 @@ class CheckpointSaver:
                 shutil.copytree(self._assets, partial / ASSETS_NAME, dirs_exist_ok=True)
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
                 paths += other_files(partial)
+            sync_files(paths)  # before the manifest says that they are there
             return checksums(partial, paths)
 
         if self._thread is not None:
@@ -162,12 +172,19 @@ class CheckpointSaver:
             lambda: _publish(pending.partial, directory, manifest), f"publish checkpoint {directory}", pending.partial
         )
         self.newest, self._assets = directory, directory / ASSETS_NAME
-        removed = run_on_rank_0(self._remove_superseded, f"remove old checkpoints of {self.root}")
+        removed, complaint = run_on_rank_0(
+            lambda: self._remove_superseded(manifest.iteration), f"remove old checkpoints of {self.root}"
+        )
         now = time.perf_counter()
-        return SavedCheckpoint(directory, pending.stall + now - resumed, now - pending.begin, removed)
+        return SavedCheckpoint(directory, pending.stall + now - resumed, now - pending.begin, removed, complaint)
 
-    def _remove_superseded(self) -> list[int]:
-        return remove_superseded(self.root, self.policy.save_retain_last, self.policy.save_retain_interval)
+    def _remove_superseded(self, newest: int) -> tuple[list[int], str]:
+        """What went, and what went wrong: the new checkpoint is there all the same."""
+        policy = self.policy
+        try:
+            return remove_superseded(self.root, newest, policy.save_retain_last, policy.save_retain_interval), ""
+        except OSError as error:
+            return [], f"cannot remove old checkpoints of {self.root}: {error}"
 
     def close(self) -> None:
         """End the writing thread; a pending save is waited for, but not published."""
@@ -181,6 +198,8 @@ def _start_folder(partial: Path) -> None:
 
 
 def _publish(partial: Path, directory: Path, manifest: Manifest) -> None:
+    """Each step is on disk before the next begins, also when the power fails."""
+    sync_files([partial / ASSETS_NAME])
     manifest.write(partial)
     if (directory / MANIFEST_NAME).is_file():
         remove_checkpoint(directory)

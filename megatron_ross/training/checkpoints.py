@@ -78,10 +78,10 @@ class RunCheckpoints:
             CheckpointError: it failed, and `save_failure` is `stop` or it `is_last`.
         """
         self.finish()
+        if not self._has_saved:
+            self._has_saved = True
+            self._remove_leftovers()
         try:
-            if not self._has_saved:
-                self._has_saved = True
-                self._remove_leftovers()
             self._saver.save(snapshot.manifest, snapshot.state())
         except CheckpointError as error:
             self._failed(error, is_last)
@@ -90,7 +90,11 @@ class RunCheckpoints:
             self.finish(is_last=is_last)
 
     def _remove_leftovers(self) -> None:
-        names = self._saver.remove_leftovers()
+        try:
+            names = self._saver.remove_leftovers()
+        except CheckpointError as error:  # which costs space, and no more
+            self._say(f"warning: {error}")
+            return
         if names:
             self._say(f"removed what an interrupted run left in {self.root}: {', '.join(names)}")
 
@@ -111,6 +115,8 @@ class RunCheckpoints:
             f"saved {saved.directory} in {saved.total_seconds:.2f} s, "
             f"of which training stood still {saved.stall_seconds:.2f} s{removed}"
         )
+        if saved.complaint:
+            self._say(f"warning: {saved.complaint}")
 
     def _failed(self, error: CheckpointError, is_last: bool) -> None:
         if self._stops or is_last:

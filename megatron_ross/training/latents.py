@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import ASSETS_NAME
 from megatron_ross.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_ross.checkpoint.vae import load_latent_encoder, vae_digest
 from megatron_ross.config.cli import ConfigError
@@ -38,7 +38,7 @@ from megatron_ross.data.latent_cache import (
 )
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.training.data import TrainingSet, build_dataset, build_valid_dataset
-from megatron_ross.training.start import start_path
+from megatron_ross.training.start import start_of
 
 _MAX_EXAMPLES = 5
 
@@ -59,15 +59,15 @@ def cache_key(checkpoint: CheckpointReader, data: DataConfig) -> CacheKey:
     )
 
 
-def check_latent_cache(run: RunConfig) -> None:
-    """The run's `latent_cache`, if it has one, belongs to its checkpoint's VAE and images.
+def check_latent_cache(run: RunConfig, directory: Path) -> None:
+    """The run's `latent_cache`, if it has one, belongs to the VAE and images of the checkpoint it starts from.
 
     Raises:
         ValueError: it does not; one line that says why and what to do.
     """
     if not run.data.latent_cache:
         return
-    checkpoint = open_checkpoint(start_path(run))
+    checkpoint = open_checkpoint(directory)
     if checkpoint.manifest.model.vae is None:
         raise ConfigError(
             f"latent_cache={run.data.latent_cache!r}: the model has no VAE (it is LLaVA); leave latent_cache out"
@@ -110,7 +110,7 @@ def cache_data_set(run: RunConfig, folder: Path, options: CachingOptions) -> Cac
     Raises:
         ValueError: the checkpoint has no VAE, the folder is another VAE's cache, or the data cannot be opened.
     """
-    checkpoint = open_checkpoint(start_path(run))
+    checkpoint = open_checkpoint(start_of(run).directory)
     create_cache(folder, cache_key(checkpoint, run.data))
     num_samples = len(_data_set(run))
     blocks = [
@@ -142,8 +142,8 @@ def posterior_moments(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
 
 def _data_set(run: RunConfig) -> TrainingSet:
     """All samples of the run: what it trains on, then what it validates on."""
-    source = resolve_checkpoint(start_path(run))
-    vision, assets = Manifest.read(source).model.vision, source / ASSETS_NAME
+    start = start_of(run)
+    vision, assets = start.manifest.model.vision, start.directory / ASSETS_NAME
     training, valid = build_dataset(run, vision, assets), build_valid_dataset(run, vision, assets)
     if valid is None:
         return training
@@ -174,7 +174,7 @@ class _Worker:
         self._device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
         torch.set_num_threads(max(1, torch.get_num_threads() // options.num_workers))
         self._dataset = _data_set(run)
-        self._encoder = load_latent_encoder(open_checkpoint(start_path(run))).to(self._device)
+        self._encoder = load_latent_encoder(open_checkpoint(start_of(run).directory)).to(self._device)
         self._folder, self._batch_size = folder, options.batch_size
         self._known = LatentCache(folder)
         self._threads = ThreadPoolExecutor(max(1, run.data.num_workers))

@@ -53,11 +53,11 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     resolve_features(run, probe())
     from megatron_ross.training.checkpoints import prepare_run_folder
     from megatron_ross.training.latents import check_latent_cache
-    from megatron_ross.training.start import start_manifest
+    from megatron_ross.training.start import start_of
 
-    manifest = start_manifest(run)
-    layout = resolve_layout(run, manifest.model, world_size)
-    check_latent_cache(run)
+    start = start_of(run)
+    layout = resolve_layout(run, start.manifest.model, world_size)
+    check_latent_cache(run, start.directory)
     if run.training.save:
         prepare_run_folder(run)
     start_process_group(run.parallel.distributed_timeout_minutes)
@@ -67,10 +67,10 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     groups = initialize_groups(
         run.parallel,
         layout,
-        tie_embeddings=manifest.model.language.share_embeddings_and_output_weights,
+        tie_embeddings=start.manifest.model.language.share_embeddings_and_output_weights,
         seed=run.loss.seed,
     )
-    Trainer(run, manifest, layout, groups).train()
+    Trainer(run, start, layout, groups).train()
 
 
 def start_process_group(timeout_minutes: float) -> None:

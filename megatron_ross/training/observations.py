@@ -100,14 +100,15 @@ class Observations:
 
         Args:
             log: on the logging rank.
-            should_stop: see `Validation.run`.
+            should_stop: a collective that says whether to leave out what has not begun; see `Validation.run`.
         """
         settings = self._run.observation
         if self._validation is not None and _is_due(settings.eval_interval, iteration, train_iters):
             result = self._validation.run(should_stop)
             if result is not None and log is not None:
                 log.write_validation(self._metrics(iteration, consumed_samples, result))
-        if self._samples is not None and _is_due(settings.sample_interval, iteration, train_iters):
+        is_due = _is_due(settings.sample_interval, iteration, train_iters)
+        if self._samples is not None and is_due and not should_stop():
             self._beat(f"samples of iteration {iteration}")
             samples = self._samples.run(iteration)
             if samples is not None and log is not None:

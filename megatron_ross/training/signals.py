@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from types import FrameType
 
 import torch.distributed as dist
@@ -24,12 +23,17 @@ class StopSignal:
     def __init__(self, grace_s: float) -> None:
         self.number = 0
         self._grace_s = grace_s
+        self._over = threading.Event()
         for number in NUMBERS:
             signal.signal(number, self._handle)
         self._arrivals, arrives = os.pipe()
         os.set_blocking(arrives, False)
         signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
         threading.Thread(target=self._count_down, name="stop-signal", daemon=True).start()
+
+    def cancel(self) -> None:
+        """All is saved: the clock stops. A signal from now on changes nothing."""
+        self._over.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
@@ -38,7 +42,8 @@ class StopSignal:
         number = 0
         while number not in NUMBERS:
             (number,) = os.read(self._arrivals, 1)
-        time.sleep(self._grace_s)
+        if self._over.wait(self._grace_s):
+            return
         text = (
             f"rank {dist.get_rank()}: stopped {self._grace_s:g} s after {signal.Signals(number).name} without a "
             "checkpoint: the step or the save did not end in time (preemption_grace_seconds)\n"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
@@ -16,30 +21,52 @@ from megatron_ross.checkpoint.retention import complete_iterations, earlier_chec
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 
-
-def start_path(run: RunConfig) -> Path:
-    """Where weights come from: the run to resume if it has a checkpoint, else `init_from`."""
-    if not is_resume(run):
-        return checkpoints_of(run.training.init_from)
-    root = checkpoints_of(run.training.load)
-    return _unnamed(root) or root
+_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
-def start_manifest(run: RunConfig) -> Manifest:
-    """Of the checkpoint that the run starts from.
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from, and whether it resumes it or takes only its weights."""
+
+    directory: Path
+    manifest: Manifest
+    resumes: bool
+
+
+def start_of(run: RunConfig) -> Start:
+    """The run to resume if it has a checkpoint, else `init_from`.
 
     Raises:
-        ValueError: it cannot be used; to a run that resumes, the message offers the checkpoint before.
+        ConfigError: there is nothing to load, and nothing to start from instead.
+        ValueError: the checkpoint cannot be used; to a run that resumes, the message offers the one before.
     """
-    directory = resolve_checkpoint(start_path(run))
+    resumed = resumed_checkpoint(run)
+    directory = resumed or resolve_checkpoint(checkpoints_of(run.training.init_from))
     try:
-        return Manifest.read(directory)
+        return Start(directory, Manifest.read(directory), resumed is not None)
     except ValueError as error:
-        raise ValueError(f"{error}{earlier_checkpoint(directory) if is_resume(run) else ''}") from None
+        raise ValueError(f"{error}{earlier_checkpoint(directory) if resumed else ''}") from None
 
 
-def is_resume(run: RunConfig) -> bool:
-    """`load` names a run with a complete checkpoint. Without one, a run that also names `init_from` starts afresh.
+def agree_on_start(start: Start) -> None:
+    """Ranks read the file system each for itself, and may see different states of it. A collective call.
+
+    Raises:
+        CheckpointError: on every rank; they start from different checkpoints.
+    """
+    mine = (str(start.directory), start.resumes, start.manifest.digest)
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    others = [rank for rank, (_, *content) in enumerate(everyone) if tuple(content) != everyone[0][1:]]
+    if others:
+        raise CheckpointError(
+            f"ranks would start from different checkpoints: rank 0 from {everyone[0][0]}, rank {others[0]} from "
+            f"{everyone[others[0]][0]}; the shared file system shows them different states: start again"
+        )
+
+
+def resumed_checkpoint(run: RunConfig) -> Path | None:
+    """The complete checkpoint of the run that `load` names. None: there is none, and `init_from` says what to do.
 
     A run that was killed between the last two steps of its first save, which give the folder its name and then write
     `latest`, has a complete checkpoint, too: torchrun starts it again without asking anybody.
@@ -48,16 +75,27 @@ def is_resume(run: RunConfig) -> bool:
         ConfigError: there is nothing to load, and nothing to start from instead.
     """
     if not run.training.load:
-        return False
+        return None
     root = checkpoints_of(run.training.load)
+    if named := _ITERATION.fullmatch(root.name):
+        _check_named(run, root, int(named[1]))
     # A run that was interrupted before its first save may start afresh; one whose checkpoints are damaged must not.
-    if run.training.init_from and not _was_ever_saved(root):
-        return False
+    elif run.training.init_from and not _was_ever_saved(root):
+        return None
     try:
-        resolve_checkpoint(_unnamed(root) or root)
+        return resolve_checkpoint(_unnamed(root) or root)
     except ValueError as error:
         raise ConfigError(f"load={run.training.load!r}: {error}; {_what_to_do(root)}") from None
-    return True
+
+
+def _check_named(run: RunConfig, directory: Path, iteration: int) -> None:
+    """Refuse one checkpoint of the run's own folder: started again, the run would return to it, or find it removed."""
+    save, root = run.training.save, directory.parent
+    if save and root.resolve() == (Path(save) / CHECKPOINTS_NAME).resolve():
+        raise ConfigError(
+            f"load={run.training.load!r}: is one checkpoint of the run that is saved to, and whoever starts this run "
+            f"again would return to it: write {iteration} into {root / LATEST_NAME}, and give load={save}"
+        )
 
 
 def _unnamed(root: Path) -> Path | None:
@@ -74,7 +112,7 @@ def _what_to_do(root: Path) -> str:
     iterations = complete_iterations(root)
     if not iterations:
         return "give init_from to start afresh"
-    return f"complete checkpoints there: give load={iteration_dir(root, iterations[-1])} to go on from the newest"
+    return f"complete checkpoints there: write {iterations[-1]} into {root / LATEST_NAME} to go on from the newest"
 
 
 def checkpoints_of(path: str) -> Path:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ross.checkpoint.loading import base_of, load_checkpoint, load_weights, verify_checkpoint
-from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.state import training_state
 from megatron_ross.checkpoint.vae import load_latent_encoder
@@ -40,7 +40,7 @@ from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.rerun import start_rerun
 from megatron_ross.training.signals import StopSignal
 from megatron_ross.training.spikes import SpikeDetector
-from megatron_ross.training.start import is_resume, start_path
+from megatron_ross.training.start import Start, agree_on_start
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
 from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
@@ -54,13 +54,14 @@ class TrainingError(RuntimeError):
 class Trainer:
     """One run on one rank. `train()` runs it to its end, to a signal, or to an error that all ranks share."""
 
-    def __init__(self, run: RunConfig, manifest: Manifest, layout: StageLayout, groups: ParallelGroups) -> None:
+    def __init__(self, run: RunConfig, start: Start, layout: StageLayout, groups: ParallelGroups) -> None:
         self.run, self.layout, self.groups = run, layout, groups
         self.folder = Path(run.training.save) if run.training.save else None
         self.files = RunFiles.of(run)
         self.watchdog = Watchdog(60 * run.training.hang_timeout_minutes, self.folder)
         self.watchdog.beat("start")
-        source = resolve_checkpoint(start_path(run))
+        agree_on_start(start)
+        source, manifest = start.directory, start.manifest
         if run.training.verify_checkpoint:
             verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
@@ -69,8 +70,7 @@ class Trainer:
         self.train_iters = num_iterations(run, self.order)
         start_user_buffers(run, manifest.model.language.hidden_size)
         self.stages = build_stages(manifest.model, run, layout, groups)
-        resumes = is_resume(run)
-        if not resumes:
+        if not start.resumes:
             self.manifest = load_weights(source, self.stages)
             self.base = source
         self.chunks = wrap_ddp(self.stages, run)
@@ -104,7 +104,7 @@ class Trainer:
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}
-        if resumes:
+        if start.resumes:
             self._resume(source)
 
     def _resume(self, source: Path) -> None:
@@ -150,8 +150,9 @@ class Trainer:
                         log,
                         lambda: bool(self._agree(stop)),
                     )
+                stopped_by = self._agree(stop)
             if self._is_save_due():
-                self.save()
+                self.save(is_last=bool(stopped_by) or self.iteration == self.train_iters)
                 saved_at = self.iteration
             if self.iteration % self.run.training.log_interval == 0 or self.iteration == self.train_iters:
                 self._log(log, interval)
@@ -159,6 +160,7 @@ class Trainer:
             if saved_at != self.iteration:
                 self.save(is_last=True)
             self.checkpoints.finish(is_last=True)
+        stop.cancel()
         self.observations.finish()
         self._close(log)
         if stopped_by:

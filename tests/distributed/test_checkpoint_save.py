@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,21 @@ def _look_when_latest_is_written(rank: int, world_size: int, folder: Path, is_as
     """Save one tensor; the checkpoints that were found complete when `latest` was about to be written."""
     (folder / "assets").mkdir(exist_ok=True)
     (folder / "assets" / "tokenizer.json").write_text("{}")
-    write_latest, complete = saver.write_latest, []
+    write_latest, sync_files, complete, synced = saver.write_latest, saver.sync_files, [], set()
+
+    def sync(paths: Iterable[Path]) -> None:
+        found = list(paths)
+        sync_files(found)
+        synced.update(path.name for path in found)
 
     def look(root: Path, iteration: int) -> None:
         directory = resolve_checkpoint(iteration_dir(root, iteration))
         verify_files(directory, Manifest.read(directory).files)
+        assert synced >= {".metadata", "common.pt", "metadata.json", "tokenizer.json", "assets"}
         complete.append(directory.name)
         write_latest(root, iteration)
 
-    saver.write_latest = look
+    saver.write_latest, saver.sync_files = look, sync
     checkpoints = CheckpointSaver(folder / "root", folder / "assets", SavePolicy(is_async))
     tensor = ShardedTensor.from_rank_offsets("x", torch.ones(4), (0, rank, world_size))
     checkpoints.save(Manifest(3, model_config("qwen2_siglip")), {"x": tensor})
@@ -75,8 +82,29 @@ def _look_when_latest_is_written(rank: int, world_size: int, folder: Path, is_as
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["foreground", "asynchronous"])
 def test_latest_is_written_last(is_async: bool, tmp_path: Path) -> None:
-    """When it is, every file of the checkpoint is in place, as its manifest has it, under its name."""
+    """When it is, every file of the checkpoint is in place and on disk, as its manifest has it, under its name."""
     assert run_ranks(_look_when_latest_is_written, 2, tmp_path, is_async) == [["iter_0000003"], []]
+    assert resolve_checkpoint(tmp_path / "root").name == "iter_0000003"
+
+
+def _save_where_nothing_can_be_removed(rank: int, world_size: int, folder: Path) -> str:
+    (folder / "assets").mkdir(exist_ok=True)
+
+    def fail(*args: Any) -> list[int]:
+        raise OSError("busy")
+
+    saver.remove_superseded = fail
+    checkpoints = CheckpointSaver(folder / "root", folder / "assets", SavePolicy(False))
+    tensor = ShardedTensor.from_rank_offsets("x", torch.ones(4), (0, rank, world_size))
+    checkpoints.save(Manifest(3, model_config("qwen2_siglip")), {"x": tensor})
+    saved = checkpoints.finish()
+    assert saved is not None
+    return saved.complaint
+
+
+def test_old_checkpoints_that_stay_are_no_failed_save(tmp_path: Path) -> None:
+    complaint = f"cannot remove old checkpoints of {tmp_path / 'root'}: busy"
+    assert run_ranks(_save_where_nothing_can_be_removed, 2, tmp_path) == [complaint] * 2
     assert resolve_checkpoint(tmp_path / "root").name == "iter_0000003"
 
 

@@ -13,6 +13,7 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.training.latents import CachingOptions, cache_data_set, check_latent_cache
+from megatron_ross.training.start import start_of
 from tests.helpers.distributed import run_ranks
 from tests.helpers.toy_run import curve, two_stage_settings
 
@@ -25,6 +26,11 @@ RECON = 2e-5  # what float16 moments round off
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return two_stage_settings(tmp_path_factory.mktemp("toy"))
+
+
+def check(flat: dict[str, Any]) -> None:
+    run = RunConfig.from_flat(flat)
+    check_latent_cache(run, start_of(run).directory)
 
 
 def mode_of(folder: Path) -> str:
@@ -55,9 +61,9 @@ def test_checkpoints_and_exports_follow_the_run(settings: dict[str, Any], tmp_pa
 def test_cached_latents_are_those_of_the_runs_images(settings: dict[str, Any], tmp_path: Path) -> None:
     cache = {"latent_cache": str(tmp_path / "cache")}
     cache_data_set(RunConfig.from_flat(settings | SQUARE), tmp_path / "cache", CACHING)
-    check_latent_cache(RunConfig.from_flat(settings | SQUARE | cache))
+    check(settings | SQUARE | cache)
     with pytest.raises(ValueError, match=r"other images \(image_aspect_ratio\): square, this model has pad"):
-        check_latent_cache(RunConfig.from_flat(settings | cache))
+        check(settings | cache)
     with pytest.raises(ValueError, match=r"other images \(image_aspect_ratio\).*give another folder"):
         cache_data_set(RunConfig.from_flat(settings | PAD), tmp_path / "cache", CACHING)
     online = run_ranks(curve, 2, settings | SQUARE, 1)[0]["losses"][0]

@@ -19,6 +19,7 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.latent_cache import LatentCache, image_digest
 from megatron_ross.training.data import build_dataset
 from megatron_ross.training.latents import CachingOptions, cache_data_set, check_latent_cache
+from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.sources import ROOT
@@ -209,7 +210,7 @@ def test_a_cache_of_something_else_is_refused(
     other = make_variant(tmp_path, base, *edits)
     run = RunConfig.from_flat(settings | {"init_from": str(other.path), "latent_cache": str(cache)})
     with pytest.raises(ValueError, match=message) as caught:
-        check_latent_cache(run)
+        check_latent_cache(run, start_of(run).directory)
     assert "\n" not in str(caught.value)
     if "VAE" in message and other.model.vae is not None:
         with pytest.raises(ValueError, match=message):

@@ -19,10 +19,12 @@ import torch
 
 from megatron_ross.checkpoint import writer
 from megatron_ross.checkpoint.agreement import CheckpointError
-from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_checkpoint, write_latest
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
+from megatron_ross.config.schema import RunConfig
+from megatron_ross.training.start import agree_on_start, start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.full_disk import full_disk
@@ -164,6 +166,14 @@ def test_training_goes_on_after_a_failed_save_if_asked_to(
     assert _losses(tmp_path) == _losses(whole)
 
 
+def test_the_last_checkpoint_must_be_written(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also where it is one of the regular ones, and training would go on after any other."""
+    flat = settings | {"save": str(tmp_path), "save_interval": 2, "train_iters": 4, "save_failure": "continue"}
+    for message in run_ranks(_fill_disk_at, 2, flat, 4):
+        assert "iter_0000004" in message
+    assert complete_iterations(tmp_path / "checkpoints") == [2]
+
+
 def test_training_stops_after_a_failed_asynchronous_save_by_default(settings: dict[str, Any], tmp_path: Path) -> None:
     flat = settings | {"save": str(tmp_path), "save_interval": 2, "async_save": True}
     for message in run_ranks(_fill_disk_at, 2, flat, 4):
@@ -227,13 +237,40 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
     for message in run_ranks(_load_damaged, 2, flat):
         assert path.name in message
         assert says in message
-        assert "load=" in message
-        assert "iter_0000002" in message
+        assert f"write 2 into {tmp_path / 'checkpoints' / 'latest_checkpointed_iteration.txt'}" in message
 
 
-def test_the_checkpoint_before_can_be_resumed(settings: dict[str, Any], saved_twice: Path) -> None:
-    before = {"load": str(saved_twice / "checkpoints" / "iter_0000002"), "init_from": "", "verify_checkpoint": True}
-    assert run_ranks(curve, 2, settings | before, 1)[0]["iteration"] == 3
+def test_a_run_goes_back_as_advised(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its new checkpoints count as the newest, although later iterations are there, one of which cannot be read."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    root = tmp_path / "checkpoints"
+    _cut(root / "iter_0000004" / "manifest.json")
+    write_latest(root, 2)
+    flat = settings | {"save": str(tmp_path), "load": str(root), "save_interval": 3, "save_retain_last": 1}
+    assert run_ranks(train, 2, flat) == ["", ""]
+    assert complete_iterations(root) == [6]
+    assert resolve_checkpoint(root) == iteration_dir(root, 6)
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def _start(rank: int, world_size: int, folders: list[str]) -> str:
+    try:
+        agree_on_start(start_of(RunConfig.from_flat({"load": folders[rank]})))
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(saved_twice: Path, tmp_path: Path) -> None:
+    """As on a shared file system that shows one machine an old `latest`; where it lies may differ."""
+    shutil.copytree(saved_twice, tmp_path, dirs_exist_ok=True)
+    folders = [str(saved_twice), str(tmp_path)]
+    assert run_ranks(_start, 2, folders) == ["", ""]
+    write_latest(tmp_path / "checkpoints", 2)
+    for message in run_ranks(_start, 2, folders):
+        assert "different checkpoints: rank 0 from" in message
+        assert "iter_0000004, rank 1 from" in message
+        assert "iter_0000002;" in message
 
 
 def _poison(rank: int, world_size: int, flat: dict[str, Any], steps: dict[int, int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_ross.training import watchdog
+from megatron_ross.training.signals import StopSignal
 from megatron_ross.training.watchdog import Watchdog
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.started_ranks import started_ranks
@@ -53,6 +54,19 @@ def test_a_rank_that_waits_for_a_silent_one_can_be_asked_to_stop(toy: dict[str, 
         assert code == 128 + signal.SIGTERM, ranks.said(0)
         assert seconds > grace_s - 0.5
         assert "rank 0: stopped 4 s after SIGTERM without a checkpoint" in ranks.said(0)
+
+
+def _outlive_the_grace(rank: int, world_size: int) -> int:
+    stop = StopSignal(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.cancel()
+    time.sleep(1.5)
+    return stop.number
+
+
+def test_a_rank_that_has_saved_may_take_its_time() -> None:
+    """For its last pictures, or an upload."""
+    assert run_ranks(_outlive_the_grace, 1) == [signal.SIGTERM]
 
 
 def _stand_still(rank: int, world_size: int, folder: Path, limit_s: float, store_answers: bool) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_ross.checkpoint.manifest import write_latest
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.loss_breakdown import MeanLosses
 from megatron_ross.parallel.param_gather import gather_now
@@ -233,8 +234,8 @@ def test_a_resumed_run_repeats_nothing_and_omits_nothing(
     run_ranks(trained, 1, flat)
     _, expected, _ = alone
     assert [v["recon_loss"] for v in lines(tmp_path, "validation.jsonl")] == [v["recon_loss"] for v in expected]
-    load = str(tmp_path / "checkpoints" / "iter_0000002")
-    run_ranks(trained, 1, flat | {"load": load, "init_from": ""})
+    write_latest(tmp_path / "checkpoints", 2)
+    run_ranks(trained, 1, flat | {"load": str(tmp_path), "init_from": ""})
     got = lines(tmp_path, "validation.jsonl")
     assert [(v["iteration"], v["lm_loss"], v["recon_loss"]) for v in got] == [
         (v["iteration"], v["lm_loss"], v["recon_loss"]) for v in expected
@@ -260,12 +261,13 @@ def signalled(rank: int, world_size: int, flat: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.mark.distributed
-def test_a_stop_does_not_wait_for_the_end_of_a_validation(settings: dict[str, Any], tmp_path: Path) -> None:
-    flat = settings | ONE | WATCH | {"save": str(tmp_path), "eval_interval": 1, "train_iters": 40}
+def test_a_stop_waits_for_no_validation_pictures_or_step(settings: dict[str, Any], tmp_path: Path) -> None:
+    flat = settings | ONE | WATCH | {"save": str(tmp_path), "eval_interval": 1, "sample_interval": 1, "train_iters": 40}
     results = run_ranks(signalled, 2, flat)
-    assert [r["iteration"] for r in results] == [2, 2]
+    assert [r["iteration"] for r in results] == [1, 1]
     assert not (tmp_path / "validation.jsonl").exists()
-    assert (tmp_path / "checkpoints" / "iter_0000002").is_dir()
+    assert not (tmp_path / "samples").exists()
+    assert (tmp_path / "checkpoints" / "iter_0000001").is_dir()
 
 
 @pytest.mark.distributed

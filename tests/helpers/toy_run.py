@@ -18,7 +18,7 @@ from megatron_ross.parallel.groups import destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.platform import ensure_platform
 from megatron_ross.training.main import quieten
-from megatron_ross.training.start import start_manifest
+from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.variants import make_variant
 
@@ -83,12 +83,12 @@ def with_trainer(flat: dict[str, Any], action: Callable[[Trainer], Any]) -> Any:
     ensure_platform()
     run = RunConfig.from_flat(flat)
     validate_run(run, dist.get_world_size())
-    manifest = start_manifest(run)
-    layout = resolve_layout(run, manifest.model, dist.get_world_size())
-    tied = manifest.model.language.share_embeddings_and_output_weights
+    start = start_of(run)
+    layout = resolve_layout(run, start.manifest.model, dist.get_world_size())
+    tied = start.manifest.model.language.share_embeddings_and_output_weights
     groups = initialize_groups(run.parallel, layout, tie_embeddings=tied, seed=run.loss.seed)
     try:
-        trainer = Trainer(run, manifest, layout, groups)
+        trainer = Trainer(run, start, layout, groups)
         try:
             return action(trainer)
         finally:

@@ -40,8 +40,30 @@ def test_bases_of_kept_checkpoints_stay(tmp_path: Path) -> None:
     _write(tmp_path, 2, base="../iter_0000001")
     for iteration in (3, 4):
         _write(tmp_path, iteration, base="../iter_0000002")
-    assert remove_superseded(tmp_path, 1, None) == [3]
+    assert remove_superseded(tmp_path, 4, 1, None) == [3]
     assert complete_iterations(tmp_path) == [1, 2, 4]
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path: Path) -> None:
+    """Later checkpoints are not counted, whatever state they are in, and go once the run is past them."""
+    for iteration in (100, 200, 300):
+        _write(tmp_path, iteration)
+    (iteration_dir(tmp_path, 200) / "manifest.json").write_text("{")
+    _write(tmp_path, 103)
+    assert remove_superseded(tmp_path, 103, 1, None) == [100]
+    _write(tmp_path, 203)
+    assert remove_superseded(tmp_path, 203, 2, None) == [103]
+    _write(tmp_path, 206)
+    assert remove_superseded(tmp_path, 206, 2, None) == [200]
+    assert complete_iterations(tmp_path) == [203, 206, 300]
+
+
+def test_a_damaged_checkpoint_needs_no_base(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    _write(tmp_path, 2, base="../iter_0000001")
+    (iteration_dir(tmp_path, 2) / "manifest.json").write_text("{")
+    _write(tmp_path, 3)
+    assert remove_superseded(tmp_path, 3, 2, None) == [1]
 
 
 def test_incomplete_folders_are_not_counted(tmp_path: Path) -> None:
@@ -50,7 +72,7 @@ def test_incomplete_folders_are_not_counted(tmp_path: Path) -> None:
     (tmp_path / "iter_0000003.incomplete").mkdir()
     (tmp_path / "iter_0000004").mkdir()
     assert complete_iterations(tmp_path) == [1, 2]
-    assert remove_superseded(tmp_path, 1, None) == [1]
+    assert remove_superseded(tmp_path, 2, 1, None) == [1]
     assert (tmp_path / "iter_0000003.incomplete").is_dir()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ import pytest
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, write_latest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.start import is_resume, start_manifest, start_path
+from megatron_ross.training.start import resumed_checkpoint, start_of
 from tests.helpers.golden import model_config
 
 
-def _run(folder: Path, init_from: str = "somewhere") -> RunConfig:
-    return RunConfig.from_flat({"load": str(folder), "init_from": init_from})
+def _run(folder: Path, init_from: str = "somewhere", save: str = "") -> RunConfig:
+    return RunConfig.from_flat({"load": str(folder), "init_from": init_from, "save": save})
 
 
 def _write(folder: Path, iteration: int) -> None:
@@ -26,14 +27,17 @@ def _write(folder: Path, iteration: int) -> None:
 
 def test_a_run_that_was_never_saved_starts_afresh(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    assert not is_resume(_run(tmp_path))
+    assert resumed_checkpoint(_run(tmp_path)) is None
     with pytest.raises(ConfigError, match="give init_from to start afresh"):
-        is_resume(_run(tmp_path, init_from=""))
+        resumed_checkpoint(_run(tmp_path, init_from=""))
 
 
 def test_a_saved_run_is_resumed(tmp_path: Path) -> None:
     _write(tmp_path, 5)
-    assert is_resume(_run(tmp_path))
+    start = start_of(_run(tmp_path))
+    assert (start.directory, start.resumes) == (iteration_dir(tmp_path / "checkpoints", 5), True)
+    assert start.manifest.iteration == 5
+    assert not start_of(RunConfig.from_flat({"init_from": str(tmp_path)})).resumes
 
 
 def test_a_run_killed_before_its_first_latest_is_resumed(tmp_path: Path) -> None:
@@ -41,8 +45,7 @@ def test_a_run_killed_before_its_first_latest_is_resumed(tmp_path: Path) -> None
     _write(tmp_path, 4)
     _write(tmp_path, 5)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
-    assert is_resume(_run(tmp_path))
-    assert start_path(_run(tmp_path)) == iteration_dir(tmp_path / "checkpoints", 5)
+    assert resumed_checkpoint(_run(tmp_path)) == iteration_dir(tmp_path / "checkpoints", 5)
 
 
 def test_a_damaged_manifest_is_named_and_the_checkpoint_before_offered(tmp_path: Path) -> None:
@@ -51,10 +54,14 @@ def test_a_damaged_manifest_is_named_and_the_checkpoint_before_offered(tmp_path:
         _write(tmp_path, iteration)
     path = tmp_path / "checkpoints" / "iter_0000005" / "manifest.json"
     path.write_text(path.read_text().replace('"iteration": 5', '"iteration": 7'))
-    with pytest.raises(ValueError, match=r"iter_0000005/manifest\.json: is damaged.* load=.*iter_0000004\)"):
-        start_manifest(_run(tmp_path))
+    advice = r"write 4 into .*/checkpoints/latest_checkpointed_iteration\.txt, and load=.*/checkpoints\)"
+    with pytest.raises(ValueError, match=rf"iter_0000005/manifest\.json: is damaged.* {advice}"):
+        start_of(_run(tmp_path))
+    write_latest(tmp_path / "checkpoints", 4)  # as advised
+    assert start_of(_run(tmp_path / "checkpoints")).manifest.iteration == 4
+    write_latest(tmp_path / "checkpoints", 5)
     with pytest.raises(ValueError, match=r"its other fields$"):
-        start_manifest(RunConfig.from_flat({"init_from": str(tmp_path)}))
+        start_of(RunConfig.from_flat({"init_from": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("damage", ["garbage", "another iteration"])
@@ -65,5 +72,26 @@ def test_damage_is_not_taken_for_a_new_run(damage: str, tmp_path: Path) -> None:
         "garbage": lambda: latest.write_text("\0\0"),
         "another iteration": lambda: latest.write_text("7\n"),
     }[damage]()
-    with pytest.raises(ConfigError, match=r"load=.*iter_0000005 to go on from the newest"):
-        is_resume(_run(tmp_path))
+    with pytest.raises(ConfigError, match=r"load=.*: write 5 into .* to go on from the newest"):
+        resumed_checkpoint(_run(tmp_path))
+
+
+def test_one_checkpoint_of_another_run_can_be_named(tmp_path: Path) -> None:
+    """Once it is gone, that is no new run."""
+    _write(tmp_path, 4)
+    named = iteration_dir(tmp_path / "checkpoints", 4)
+    assert resumed_checkpoint(_run(named, save=str(tmp_path / "other"))) == named
+    assert resumed_checkpoint(_run(named)) == named
+    shutil.rmtree(named)
+    with pytest.raises(ConfigError, match=r"load=.*iter_0000004"):
+        resumed_checkpoint(_run(named))
+
+
+def test_one_checkpoint_of_the_run_itself_cannot(tmp_path: Path) -> None:
+    """A run that is started again would return to it."""
+    for iteration in (4, 5):
+        _write(tmp_path, iteration)
+    named = iteration_dir(tmp_path / "checkpoints", 4)
+    advice = rf"write 4 into .*latest_checkpointed_iteration\.txt, and give load={tmp_path}$"
+    with pytest.raises(ConfigError, match=advice):
+        resumed_checkpoint(_run(named, save=str(tmp_path)))
