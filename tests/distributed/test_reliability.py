@@ -10,9 +10,11 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
+from megatron_ross.training import spikes
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.full_disk import full_disk
@@ -446,6 +449,30 @@ def test_a_skipped_step_counts_in_losses_taken_apart_as_in_the_whole(
     assert got.updated == [True, True, False, True]
     assert all(map(math.isnan, got.broken_down[0]))
     assert got.broken_down[1] == undisturbed[1]
+
+
+def _inflate_step_3(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """Four steps, the third with a hundred times the LM loss; what is printed if two losses make a median."""
+
+    def act(trainer: Trainer) -> str:
+        stage = trainer.stages[-1]
+        lm_loss = stage.lm_loss
+        stage.lm_loss = lambda *args: lm_loss(*args) * (100 if trainer.iteration == 2 else 1)
+        with mock.patch.object(spikes, "_AT_LEAST", 2), contextlib.redirect_stdout(io.StringIO()) as out:
+            for _ in range(4):
+                trainer._step()
+        return out.getvalue()
+
+    return with_trainer(flat, act)
+
+
+def test_a_loss_that_jumps_is_warned_of(whole: Path, settings: dict[str, Any]) -> None:
+    """Once, by one rank, with its iteration and the median before it."""
+    median = statistics.median(row[1] + row[2] for row in _losses(whole)[:2])
+    lines = "".join(run_ranks(_inflate_step_3, 2, settings)).splitlines()
+    (warning,) = (line for line in lines if "a spike" in line)
+    assert warning.startswith("warning: iteration 3: loss ")
+    assert warning.endswith(f", {median:.4g} before: a spike")
 
 
 def test_manifest_covers_every_file_of_a_checkpoint(whole: Path) -> None:
