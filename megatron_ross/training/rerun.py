@@ -23,6 +23,7 @@ from megatron.core.rerun_state_machine import (
 )
 from torch import Tensor
 
+from megatron_ross.models.loss_breakdown import LossBreakdown
 from megatron_ross.platform import show_log
 
 RerunModeName = Literal["disabled", "validate_results", "report_determinism_stats"]
@@ -62,10 +63,17 @@ class _Machine(RerunStateMachine):
 class Rerun:
     """Attempts at one step after the other; Megatron keeps the machine as a global, so there is one per process."""
 
-    def attempts(self) -> Iterator[None]:
-        """As often as Megatron wants the step computed; the last attempt counts. A collective iteration."""
+    def attempts(self, breakdown: LossBreakdown | None) -> Iterator[None]:
+        """As often as Megatron wants the step computed; the last attempt counts. A collective iteration.
+
+        Args:
+            breakdown: what this rank's stages add to.
+        """
         machine = get_rerun_state_machine()
+        before = None if breakdown is None else breakdown.sums.clone()
         while machine.should_run_forward_backward(None):
+            if breakdown is not None and before is not None:
+                breakdown.sums.copy_(before)  # not subtracted: NaN would stay, and rounding
             yield
         machine.should_checkpoint_and_exit()  # tells the machine that the step is over
 

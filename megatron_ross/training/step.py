@@ -133,7 +133,7 @@ def train_step(
     rerun: Rerun | None = None,
 ) -> StepResult:
     """Forward, backward, update; a step whose loss or gradient norm is not finite updates nothing, on any rank."""
-    for _ in [None] if rerun is None else rerun.attempts():
+    for _ in [None] if rerun is None else rerun.attempts(chunks[0].module.breakdown):  # all chunks have the same one
         sums = _accumulate_gradients(chunks, optimizer, batches, scales)
         if rerun is not None:
             rerun.check(sums)

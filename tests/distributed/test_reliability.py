@@ -10,9 +10,11 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -25,10 +27,11 @@ from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.training.start import agree_on_start, start_of
+from megatron_ross.training import spikes
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.full_disk import full_disk
-from tests.helpers.toy_run import curve, train, two_stage_settings, with_trainer
+from tests.helpers.toy_run import curve, train, two_stage_settings, with_trainer, write_data
 
 SLOW_DISK_S = 20.0  # longer than a step takes
 SMALL_FILE = 50_000  # bytes; less than any rank's share
@@ -372,12 +375,20 @@ def test_all_ranks_skip_what_is_not_finite_on_one(
         assert {found["loss"] for found in record["microbatches"]} == {None}
 
 
-def _count_attempts(
-    rank: int, world_size: int, flat: dict[str, Any], broken: set[int]
-) -> tuple[int, list[float], list[bool], str]:
-    """Four steps, with NaN in these microbatches of the rank with the LM head; calls, losses, updates, output."""
+class Attempts(NamedTuple):
+    """Of four steps: calls of the backbone, losses, updates, output, and a row of sums and one of counts."""
 
-    def act(trainer: Trainer) -> tuple[int, list[float], list[bool], str]:
+    calls: int
+    losses: list[float]
+    updated: list[bool]
+    output: str
+    broken_down: list[list[float]] | None
+
+
+def _count_attempts(rank: int, world_size: int, flat: dict[str, Any], broken: set[int]) -> Attempts:
+    """Four steps, with NaN in these microbatches of the rank with the LM head."""
+
+    def act(trainer: Trainer) -> Attempts:
         stage, calls = trainer.stages[-1], [0]
         backbone = stage.backbone
 
@@ -389,7 +400,9 @@ def _count_attempts(
         stage.backbone = counted
         with contextlib.redirect_stdout(io.StringIO()) as out:
             results = [trainer._step()[0] for _ in range(4)]
-        return calls[0], [result.lm_loss for result in results], [result.updated for result in results], out.getvalue()
+        losses, updated = [result.lm_loss for result in results], [result.updated for result in results]
+        broken_down = None if stage.breakdown is None else stage.breakdown.sums.tolist()
+        return Attempts(calls[0], losses, updated, out.getvalue(), broken_down)
 
     return with_trainer(flat, act)
 
@@ -397,7 +410,7 @@ def _count_attempts(
 def test_a_transient_error_is_computed_again(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """Megatron's rerun state machine: the third of four steps is repeated, and its second result is the right one."""
     flat = settings | {"rerun_mode": "validate_results", "save": str(tmp_path)}
-    for calls, losses, updated, _ in run_ranks(_count_attempts, 2, flat, {9}):
+    for calls, losses, updated, *_ in run_ranks(_count_attempts, 2, flat, {9}):
         assert calls == 5 * 4
         assert all(updated)
         assert losses == [row[1] for row in _losses(whole)[:4]]
@@ -407,7 +420,7 @@ def test_a_transient_error_is_computed_again(whole: Path, settings: dict[str, An
 def test_a_nan_that_comes_again_is_skipped(whole: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """Computed twice with the same result, it is the model's or the data's: nothing is updated, training goes on."""
     flat = settings | {"rerun_mode": "validate_results", "save": str(tmp_path), "skip_nonfinite_steps": 1}
-    for calls, losses, updated, _ in run_ranks(_count_attempts, 2, flat, {9, 13}):
+    for calls, losses, updated, *_ in run_ranks(_count_attempts, 2, flat, {9, 13}):
         assert calls == 5 * 4
         assert updated == [True, True, False, True]
         assert losses[:2] == [row[1] for row in _losses(whole)[:2]]
@@ -420,15 +433,83 @@ def test_a_nan_that_comes_again_is_skipped(whole: Path, settings: dict[str, Any]
 def test_determinism_is_reported(whole: Path, settings: dict[str, Any]) -> None:
     """Every step is computed twice, with the same losses as without; on this machine both are equal to the last bit."""
     answers = run_ranks(_count_attempts, 2, settings | {"rerun_mode": "report_determinism_stats"}, set())
-    for calls, losses, updated, _ in answers:
+    for calls, losses, updated, *_ in answers:
         assert calls == 2 * 4 * 4
         assert all(updated)
         assert losses == [row[1] for row in _losses(whole)[:4]]
-    report = [line for line in answers[0][3].splitlines() if "computed twice" in line]
+    report = [line for line in answers[0].output.splitlines() if "computed twice" in line]
     assert report == [
         "losses computed twice since the start: 2 samples, all identical",  # two ranks
         "losses computed twice since the start: 6 samples, all identical",
     ]
+
+
+@pytest.fixture(scope="module")
+def taken_apart(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run on two sources that looks at its losses by timestep and by source."""
+    flat = dict(settings)
+    first = {name: flat.pop(name) for name in ("data_path", "image_folder")}
+    second = write_data(tmp_path_factory.mktemp("second"))
+    blend = [source | {"epochs": 1} for source in (first, second)]
+    return flat | {"blend": blend, "log_timestep_buckets": 3, "log_source_losses": True}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(taken_apart: dict[str, Any]) -> list[list[float]]:
+    """Sums and counts of the rank with both heads, of steps that are computed once."""
+    broken_down = run_ranks(_count_attempts, 2, taken_apart, set())[1].broken_down
+    assert all(sum(row) > 0 for row in broken_down)
+    return broken_down
+
+
+@pytest.mark.parametrize(
+    ("mode", "broken"),
+    [("validate_results", {9}), ("report_determinism_stats", set())],
+    ids=["one repeated", "all repeated"],
+)
+def test_repeated_steps_count_once_in_losses_taken_apart(
+    mode: str, broken: set[int], undisturbed: list[list[float]], taken_apart: dict[str, Any], tmp_path: Path
+) -> None:
+    """Equal to the last bit; a NaN of the first attempt leaves nothing behind."""
+    flat = taken_apart | {"rerun_mode": mode, "save": str(tmp_path)}
+    got = run_ranks(_count_attempts, 2, flat, broken)[1]
+    assert got.calls == (5 * 4 if broken else 2 * 4 * 4)
+    assert got.broken_down == undisturbed
+
+
+def test_a_skipped_step_counts_in_losses_taken_apart_as_in_the_whole(
+    undisturbed: list[list[float]], taken_apart: dict[str, Any], tmp_path: Path
+) -> None:
+    """Once, and as what it was: the mean of its log interval is NaN."""
+    flat = taken_apart | {"rerun_mode": "validate_results", "save": str(tmp_path), "skip_nonfinite_steps": 1}
+    got = run_ranks(_count_attempts, 2, flat, {9, 13})[1]
+    assert got.updated == [True, True, False, True]
+    assert all(map(math.isnan, got.broken_down[0]))
+    assert got.broken_down[1] == undisturbed[1]
+
+
+def _inflate_step_3(rank: int, world_size: int, flat: dict[str, Any]) -> str:
+    """Four steps, the third with a hundred times the LM loss; what is printed if two losses make a median."""
+
+    def act(trainer: Trainer) -> str:
+        stage = trainer.stages[-1]
+        lm_loss = stage.lm_loss
+        stage.lm_loss = lambda *args: lm_loss(*args) * (100 if trainer.iteration == 2 else 1)
+        with mock.patch.object(spikes, "_AT_LEAST", 2), contextlib.redirect_stdout(io.StringIO()) as out:
+            for _ in range(4):
+                trainer._step()
+        return out.getvalue()
+
+    return with_trainer(flat, act)
+
+
+def test_a_loss_that_jumps_is_warned_of(whole: Path, settings: dict[str, Any]) -> None:
+    """Once, by one rank, with its iteration and the median before it."""
+    median = statistics.median(row[1] + row[2] for row in _losses(whole)[:2])
+    lines = "".join(run_ranks(_inflate_step_3, 2, settings)).splitlines()
+    (warning,) = (line for line in lines if "a spike" in line)
+    assert warning.startswith("warning: iteration 3: loss ")
+    assert warning.endswith(f", {median:.4g} before: a spike")
 
 
 def test_manifest_covers_every_file_of_a_checkpoint(whole: Path) -> None:
