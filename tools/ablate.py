@@ -3,7 +3,7 @@
     python tools/ablate.py --config examples/ablation/ablation.yaml --seeds 3 --jobs 2
 
 Arms differ in named settings only; runs of one seed share fresh weights, order of samples, noise and steps. Finished
-runs are kept: the same command again goes on where it stopped.
+runs are kept: the same command again goes on where it stopped. What was run under another recipe is refused.
 """
 
 from __future__ import annotations

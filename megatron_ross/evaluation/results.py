@@ -21,6 +21,20 @@ PUBLISHED = Path(__file__).with_name("published.json")
 RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
 _SHARED = ("export", "fingerprint", "preset")
 """Settings that all results of a folder have in common."""
+AS_PUBLISHED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "all": {"limit": (None,), "template": (None,), "dtype": (None, "fp16")},
+    "lmms-eval": {"include_path": (None,), "lmms_interface": ("simple",)},
+    "builtin mmvp": {
+        "decoding": (None, "published"),
+        "corrected_labels": (False,),
+        "lenient": (False,),
+        "seed": (42,),
+    },
+    "builtin pope": {"pope_prompt": ("short",)},
+    "builtin reconstruction": {"reconstruction_steps": ("250",), "seed": (42,)},
+}
+"""Options that change how questions are put or scored, by what they apply to (all, a framework, a framework's task),
+with the values that do not depart from the preset `published`; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Result:
     percent: float | None
     """Its value; None if it is unknown which metric that is, or the framework did not give it."""
     as_published: bool
-    """Whether framework and preset are those of the published figures."""
+    """Whether framework, preset and all options are those of the published figures."""
     settings: dict[str, Any]
     """What was evaluated, and how: command line, exported folder, versions."""
 
@@ -48,7 +62,16 @@ def result(job: Job, scores: dict[str, float], settings: dict[str, Any]) -> Resu
     value = scores.get(task.metric) if task.metric is not None else None
     percent = None if value is None else value * task.scale
     same = _is_published_with(job.benchmark.name, job.framework) and settings["preset"] == "published"
+    same = same and not _departures(job.framework, task.task, settings)
     return Result(job.benchmark.name, job.framework, task.task, scores, task.metric, percent, same, settings)
+
+
+def _departures(framework: str, task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Options, as given, by which a task was not asked or scored as published, whatever the preset."""
+    groups = ("all", framework, f"{framework} {task}")
+    options = {name: values for group in groups for name, values in AS_PUBLISHED.get(group, {}).items()}
+    given = {name: settings.get(name, values[0]) for name, values in options.items()}
+    return {name: value for name, value in given.items() if value not in options[name]}
 
 
 def check_headlines(results: Sequence[Result]) -> None:
@@ -156,7 +179,17 @@ def _notes(results: Sequence[Result]) -> list[str]:
     limits = [f"{_label(e)} {e.settings['limit']}" for e in results if e.settings.get("limit")]
     if limits:
         notes.append(f"Only the first questions were asked: {', '.join(limits)}.")
+    options = [f"{_label(e)} `{given}`" for e in results if (given := _given_options(e))]
+    if options:
+        notes.append(f"Options that depart from the published evaluation: {', '.join(options)}.")
     return notes
+
+
+def _given_options(entry: Result) -> str:
+    """Its departures as on the command line, but for the limit, which has a note of its own."""
+    found = _departures(entry.framework, entry.task, entry.settings)
+    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+    return " ".join(f"--{name.replace('_', '-')} {word}" for name, word in words.items() if name != "limit")
 
 
 def _label(entry: Result) -> str:

@@ -26,8 +26,8 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.start import agree_on_start, start_of
 from megatron_ross.training import spikes
+from megatron_ross.training.start import agree_on_start, start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.full_disk import full_disk

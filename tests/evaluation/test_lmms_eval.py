@@ -182,7 +182,7 @@ def test_textvqa_shows_ocr_tokens_as_published(settings: str, stored: Stored, lo
     rows = [json.loads(line) for line in (tmp_path / "results/samples/lmms-eval/textvqa_val.jsonl").open()]
     assert responses(rows) == expected
     (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
-    assert (entry["metric"], entry["as_published"]) == ("exact_match", settings == "published")
+    assert (entry["metric"], entry["as_published"]) == ("exact_match", False)  # fp32, and tasks of the test's own
 
 
 def test_torchvision_is_not_needed() -> None:

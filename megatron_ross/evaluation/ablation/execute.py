@@ -1,7 +1,8 @@
 """Carries out the runs of an ablation: the project's own programs as processes, several runs at a time, resumable.
 
 What is finished is not done again: a run with result.json is skipped, an interrupted training resumes from its last
-checkpoint. The first failure ends the other processes and names the run, the step and its log.
+checkpoint; both are refused if the ablation has changed since. The first failure ends the other processes and names the
+run, the step and its log.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from typing import Any
 import yaml
 
 from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME
+from megatron_ross.evaluation.ablation.conditions import (
+    START_CONDITIONS,
+    conditions_of,
+    read_record,
+    refuse_changes,
+    write_record,
+)
 from megatron_ross.evaluation.ablation.plan import AblationConfig, Run
-from megatron_ross.evaluation.ablation.results import RESULT_NAME, collect_result, is_finished
+from megatron_ross.evaluation.ablation.results import BEGUN_NAME, RESULT_NAME, collect_result, is_finished
 from megatron_ross.programs import end_group, start_program
 from megatron_ross.text_files import replace_text
 
@@ -32,7 +40,7 @@ Say = Callable[[str], None]
 
 
 class AblationError(RuntimeError):
-    """A run failed; says which, in what step, and where its log is."""
+    """A run failed, or runs are no pairs; says which. Of a failure also in what step, and where its log is."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,19 @@ def common_training(config: AblationConfig, seed: int) -> Path:
 def init_from(config: AblationConfig, seed: int) -> Path:
     """The checkpoint that the arms of one seed start from."""
     return common_training(config, seed) / CHECKPOINTS_NAME if config.start.train else start_folder(config, seed)
+
+
+def begin_start(config: AblationConfig, seed: int, conditions: dict[str, str]) -> None:
+    """Remember under which conditions the checkpoint that runs of one seed start from is made.
+
+    Raises:
+        ValueError: there is one that was made under others.
+    """
+    folder = start_folder(config, seed)
+    record, wanted = folder.with_name(f"{folder.name}.json"), {name: conditions[name] for name in START_CONDITIONS}
+    if record.exists() or folder.exists():
+        refuse_changes(folder.parent, read_record(record), wanted)
+    write_record(record, wanted)
 
 
 def start_steps(config: AblationConfig, seed: int) -> list[Step]:
@@ -128,29 +149,33 @@ def execute(config: AblationConfig, runs: Sequence[Run], jobs: int, root: Path, 
         root: the repository, where the commands run.
 
     Raises:
-        AblationError: a step failed, or a finished run has other settings than asked for.
+        AblationError: a step failed, or the ablation's files changed meanwhile.
+        ValueError: what is there was run with other settings or conditions than asked for.
     """
-    pending = [run for run in runs if not is_finished(run, overlay(config, run))]
+    conditions = conditions_of(config, root)
+    pending = [run for run in runs if not is_finished(run, overlay(config, run), conditions)]
+    seeds = sorted({run.seed for run in pending})
+    for seed in seeds:
+        begin_start(config, seed, conditions)
     say(f"{len(runs)} runs, {len(runs) - len(pending)} of them finished before; {jobs} at a time")
     stop = threading.Event()
     done = 0
 
     def make_start(seed: int) -> None:
         log = start_folder(config, seed).parent / f"seed{seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         for step in start_steps(config, seed):
             _run_step(step, f"start, seed {seed}", log, root, stop)
 
     def carry_out(run: Run) -> None:
         nonlocal done
         begin = time.monotonic()
-        _carry_out(config, run, root, stop)
+        _carry_out(config, run, conditions, root, stop)
         done += 1
         say(f"{done}/{len(pending)} {run.name}: {time.monotonic() - begin:.0f} s")
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            _all([pool.submit(make_start, seed) for seed in sorted({run.seed for run in pending})])
+            _all([pool.submit(make_start, seed) for seed in seeds])
             _all([pool.submit(carry_out, run) for run in pending])
         finally:
             stop.set()
@@ -168,14 +193,18 @@ class _Stopped(RuntimeError):
     """Another run failed first."""
 
 
-def _carry_out(config: AblationConfig, run: Run, root: Path, stop: threading.Event) -> None:
+def _carry_out(config: AblationConfig, run: Run, conditions: dict[str, str], root: Path, stop: threading.Event) -> None:
     begin = time.monotonic()
-    run.folder.mkdir(parents=True, exist_ok=True)
+    if conditions_of(config, root) != conditions:
+        raise AblationError(
+            f"{run.name}: the ablation's files have changed since its start; undo that and run it again"
+        )
     settings = overlay(config, run)
+    write_record(run.folder / BEGUN_NAME, {**settings, **conditions})
     overlay_path(run).write_text(yaml.safe_dump(settings, sort_keys=False))
     for step in run_steps(config, run):
         _run_step(step, run.name, run.folder / "log.txt", root, stop)
-    result = collect_result(run, settings, (time.monotonic() - begin) / 60)
+    result = collect_result(run, settings, conditions, (time.monotonic() - begin) / 60)
     replace_text(run.folder / RESULT_NAME, json.dumps(result, indent=1) + "\n")
 
 

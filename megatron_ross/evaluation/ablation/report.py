@@ -10,11 +10,13 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_ross.config.schema import DataConfig
 from megatron_ross.evaluation.ablation import figures
+from megatron_ross.evaluation.ablation.execute import AblationError
 from megatron_ross.evaluation.ablation.plan import AblationConfig, Group, run_folder, runs_of
 from megatron_ross.evaluation.ablation.results import Result, read_result
 from megatron_ross.evaluation.ablation.statistics import CONFIDENCE, paired_difference, summarise
@@ -23,6 +25,8 @@ from megatron_ross.evaluation.held_out import OVERALL
 BEGIN = "<!-- begin: written by tools/ablate.py -->"
 END = "<!-- end: written by tools/ablate.py -->"
 NUM_PAINTED = 6
+_ORDER_SETTINGS = {"seed", "train_iters", "num_epochs", *(field.name for field in fields(DataConfig))}
+"""Runs that are equal in these see the same samples in the same order."""
 METRICS = {"accuracy": ("correct answers, %", 1), "loss": ("loss of the right answers, nats per token", 3)}
 """Metric -> title and decimals."""
 
@@ -33,6 +37,24 @@ def collect(config: AblationConfig, seeds: int) -> dict[str, dict[int, Result]]:
     for run in runs_of(config, seeds):
         results.setdefault(run.arm.name, {})[run.seed] = read_result(run)
     return results
+
+
+def check_samples(results: figures.Results) -> None:
+    """Runs of one seed that differ in no setting of the data have seen the same samples in the same order.
+
+    Raises:
+        AblationError: two have not.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for arm, by_seed in results.items():
+        for seed, result in by_seed.items():
+            settings = {name: value for name, value in result.settings.items() if name in _ORDER_SETTINGS}
+            other, samples = first.setdefault(json.dumps(settings, sort_keys=True), (arm, result.samples))
+            if samples != result.samples:
+                raise AblationError(
+                    f"{other} and {arm}, seed {seed}, were not trained on the same samples in the same order: the data "
+                    "have changed in between; remove the folders of both, or name another output folder"
+                )
 
 
 def write_report(config: AblationConfig, seeds: int, command: str, document: Path, images: Path, numbers: Path) -> None:
@@ -46,8 +68,10 @@ def write_report(config: AblationConfig, seeds: int, command: str, document: Pat
 
     Raises:
         ValueError: a run has not finished, or the document has lost a marker.
+        AblationError: see `check_samples`.
     """
     results = collect(config, seeds)
+    check_samples(results)
     images.mkdir(parents=True, exist_ok=True)
     parts = [f"```bash\n{command}\n```"]
     for number, group in enumerate(config.groups):

@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, resolve_checkpoint
+from megatron_ross.evaluation.ablation.conditions import read_record, refuse_changes
 from megatron_ross.evaluation.ablation.plan import Run
 from megatron_ross.evaluation.reconstruct import FIGURES_FILE
 
 RESULT_NAME = "result.json"
+BEGUN_NAME = "begun.json"
+"""Settings and conditions of a run, from before its training."""
 CURVES = ("lm_loss", "recon_loss")
 
 
@@ -23,6 +27,8 @@ class Result:
     """A run's result.
 
     Attributes:
+        conditions: see `conditions_of`.
+        samples: digest of all samples that the training consumed, in their order.
         scores: {"accuracy" (percent) | "loss" (nats): {category: value}}.
         figures: means over the reconstructed images; empty without reconstruction.
         curves: "iteration" and the `CURVES`.
@@ -30,6 +36,8 @@ class Result:
     """
 
     settings: dict[str, Any]
+    conditions: dict[str, str]
+    samples: str
     scores: dict[str, dict[str, float]]
     figures: dict[str, float]
     curves: dict[str, list[float]]
@@ -37,12 +45,15 @@ class Result:
     minutes: float
 
 
-def collect_result(run: Run, settings: dict[str, Any], minutes: float) -> dict[str, Any]:
+def collect_result(run: Run, settings: dict[str, Any], conditions: dict[str, str], minutes: float) -> dict[str, Any]:
     """Read what the steps of a run wrote; they took `minutes`."""
     rows = [json.loads(line) for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((run.folder / "answers.json").read_text())["scores"]
+    manifest = Manifest.read(resolve_checkpoint(run.folder / "run" / CHECKPOINTS_NAME))
     return {
         "settings": settings,
+        "conditions": conditions,
+        "samples": manifest.training["data"]["digest"],
         "scores": scores,
         "figures": mean_csv(run.folder / "reconstructions" / FIGURES_FILE) if run.arm.reconstructs else {},
         "curves": {name: [float(row[name]) for row in rows] for name in ("iteration", *CURVES)},
@@ -73,18 +84,16 @@ def read_result(run: Run) -> Result:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the run is evaluated again") from None
 
 
-def is_finished(run: Run, settings: dict[str, Any]) -> bool:
-    """The run has a result, with these settings.
+def is_finished(run: Run, settings: dict[str, Any], conditions: dict[str, str]) -> bool:
+    """The run has a result, with these settings and under these conditions.
 
     Raises:
-        ValueError: it has one with other settings.
+        ValueError: it has one with others, or has begun with others.
     """
-    if not (run.folder / RESULT_NAME).exists():
-        return False
-    found = read_result(run).settings
-    changed = sorted(name for name in found.keys() | settings.keys() if found.get(name) != settings.get(name))
-    if changed:
-        raise ValueError(
-            f"{run.folder} was run with other settings ({', '.join(changed)}); delete it or choose another output"
-        )
-    return True
+    finished = (run.folder / RESULT_NAME).exists()
+    if finished:
+        result = read_result(run)
+        refuse_changes(run.folder, {**result.settings, **result.conditions}, {**settings, **conditions})
+    elif run.folder.exists():
+        refuse_changes(run.folder, read_record(run.folder / BEGUN_NAME), {**settings, **conditions})
+    return finished

@@ -38,11 +38,16 @@ def run_tasks(
     run_py = find_run_py(source)
     names = ", ".join(datasets)
     work = output / NAME / _name(model)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        for dataset in datasets:
+            for file in _score_files(work, dataset):  # run.py hides a crash: what is there then must be of this call
+                file.unlink()
     with framework_errors(NAME, names, output, INSTALL):
         register(MODEL_NAME, model)
         arguments = ["--data", *datasets, "--model", MODEL_NAME, "--judge", JUDGE, "--work-dir", str(work.resolve())]
         launch(run_py, arguments)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first:
         return {}
     scores = {dataset: read_scores(work, dataset) for dataset in datasets}
     missing = [dataset for dataset, values in scores.items() if not values]
@@ -65,7 +70,7 @@ def read_scores(work: Path, dataset: str) -> dict[str, float]:
 
     A table with a column `split` gives "SPLIT.NAME" for every row; of others the first row counts.
     """
-    found = [file for file in work.rglob(f"{MODEL_NAME}_{dataset}_*") if file.name.endswith(RESULT_FILES)]
+    found = _score_files(work, dataset)
     if not found:
         return {}
     newest = max(found, key=lambda file: file.stat().st_mtime)
@@ -74,6 +79,11 @@ def read_scores(work: Path, dataset: str) -> dict[str, float]:
     if rows and "split" in rows[0]:
         return {f"{row['split']}.{name}": value for row in rows for name, value in _numbers(row).items()}
     return _numbers(rows[0]) if rows else {}
+
+
+def _score_files(work: Path, dataset: str) -> list[Path]:
+    """Of all calls for this model."""
+    return [file for file in work.rglob(f"{MODEL_NAME}_{dataset}_*") if file.name.endswith(RESULT_FILES)]
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,10 @@ import pytest
 
 from megatron_ross.evaluation.benchmarks import benchmarks, job
 from megatron_ross.evaluation.errors import FrameworkError
+from megatron_ross.evaluation.main import parse
+from megatron_ross.evaluation.presets import PRESETS
 from megatron_ross.evaluation.results import (
+    AS_PUBLISHED,
     Result,
     check_headlines,
     earlier_results,
@@ -55,6 +58,61 @@ def test_another_preset_than_the_published_one_is_marked() -> None:
     assert row(table, "GQA")["this checkpoint †"] == "65.5"
     assert "† not asked as for the published figures: `--preset published` does that" in table
     assert "* not" not in table
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "note"),
+    [
+        ("mmvp", {"corrected_labels": True}, "MMVP `--corrected-labels true`"),
+        ("mmvp", {"lenient": True, "seed": 1}, "MMVP `--lenient true --seed 1`"),
+        ("mmvp", {"decoding": "greedy"}, "MMVP `--decoding greedy`"),
+        ("gqa", {"dtype": "fp32", "template": "plain"}, "GQA `--template plain --dtype fp32`"),
+        ("gqa", {"lmms_interface": "chat"}, "GQA `--lmms-interface chat`"),
+        ("gqa", {"include_path": "tasks"}, "GQA `--include-path tasks`"),
+        ("gqa", {"limit": 8}, None),
+        ("reconstruction", {"reconstruction_steps": "10"}, "Reconstruction PSNR (dB) `--reconstruction-steps 10`"),
+    ],
+)
+def test_options_that_depart_from_the_published_evaluation_are_named(
+    name: str, given: dict[str, Any], note: str | None
+) -> None:
+    task = job(name)
+    departing = result(task, {str(task.task.metric): 0.5}, settings(**given))
+    table = markdown([departing, result(job("pope"), {"Overall.Overall": 75.0}, settings())])
+    assert not departing.as_published
+    assert (f"Options that depart from the published evaluation: {note}." in table) == (note is not None)
+    assert ("Options that depart" in table) == (note is not None)
+    assert ("Only the first questions were asked: GQA 8." in table) == ("limit" in given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("mmvp", {"decoding": "published", "dtype": "fp16", "lmms_interface": "chat"}),
+        ("gqa", {"lenient": True, "pope_prompt": "plain", "seed": 1}),
+    ],
+)
+def test_options_that_say_the_same_or_are_of_other_tasks_are_no_departure(name: str, given: dict[str, Any]) -> None:
+    task = job(name)
+    entry = result(task, {str(task.task.metric): 0.5}, settings(**given))
+    assert entry.as_published
+    assert "Options that depart" not in markdown([entry])
+
+
+def test_the_builtin_pope_has_its_wording_named() -> None:
+    entry = result(job("pope", "builtin"), {"f1": 50.0}, settings(pope_prompt="plain"))
+    assert "Options that depart from the published evaluation: POPE `--pope-prompt plain`." in markdown([entry])
+
+
+def test_every_option_is_known_to_change_the_questions_or_not_to() -> None:
+    """A new option must be put into `AS_PUBLISHED` or in here."""
+    others = {"checkpoint", "tasks", "framework", "preset", "output", "export_format", "batch_size", "device"}
+    others |= {"mmvp_data", "pope_data", "pope_images", "reconstruction_images", "vlmevalkit"}
+    defaults = vars(parse(["--checkpoint", "x", "--tasks", "gqa"]))
+    published = [option for group in AS_PUBLISHED.values() for option in group.items()]
+    assert {name for name, _ in published} == defaults.keys() - others
+    assert all(defaults[name] == values[0] for name, values in published)
+    assert {preset.dtype for preset in PRESETS["published"].values()} < set(AS_PUBLISHED["all"]["dtype"])
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_one_command_and_what_run_py_does_not_say(
     assert evaluate("ai2d", tmp_path / "results", "--preset", "published") == 0
     assert sys.argv == argv
     (entry,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
-    assert (entry["task"], entry["percent"], entry["as_published"]) == ("AI2D_TEST", 25.0, True)
+    assert (entry["task"], entry["percent"], entry["as_published"]) == ("AI2D_TEST", 25.0, False)  # fp32
     (answered,) = (tmp_path / "results").rglob("megatron_ross_AI2D_TEST.json")
     message, answer = json.loads(answered.read_text())
     chat = ChatModel.load(CHECKPOINT, preset("published", "vlmevalkit"), device="cpu", dtype="fp32")
@@ -198,6 +198,19 @@ def test_answers_of_other_weights_are_never_taken(
         assert evaluate("pope", tmp_path / "results", checkpoint=str(checkpoint)) == 1
         folders.append(len(list((tmp_path / "results").rglob("megatron_ross_POPE.json"))))
     assert folders == [1, 1, 2]
+
+
+def test_scores_of_an_earlier_call_are_never_taken(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.py ends with status 0 when it crashes, too. The answers stay, for it to go on with."""
+    monkeypatch.setattr(adapter, "DECODING", Decoding(1))
+    output = tmp_path / "results"
+    assert evaluate("ai2d", output) == 0
+    (vlmeval / "run.py").write_text("print('failed: this version is broken')\n")
+    assert evaluate("ai2d", output) == 1
+    assert "error: vlmevalkit left no score of AI2D_TEST" in capsys.readouterr().err
+    assert list(output.rglob("megatron_ross_AI2D_TEST.json"))
 
 
 def test_ranks_but_the_first_leave_the_results_to_it(

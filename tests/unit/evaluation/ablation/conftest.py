@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_ross.evaluation.ablation.conditions import conditions_of
 from megatron_ross.evaluation.ablation.execute import overlay
 from megatron_ross.evaluation.ablation.plan import AblationConfig, read_ablation, runs_of
 from megatron_ross.evaluation.ablation.results import RESULT_NAME
@@ -24,7 +25,7 @@ def ablation_values(folder: Path) -> dict[str, Any]:
     return {
         "train": ["train.yaml"],
         "output": str(folder / "arms"),
-        "start": {"llm": "llm", "vision_tower": "tower", "vae": "vae", "denoiser_width": 96},
+        "start": {"llm": "llm", "vision_tower": "tower", "vae": "vae", "denoiser_width": 96, "train": ["align.yaml"]},
         "questions": "heldout.json",
         "image_folder": "images",
         "paint": {"images": "images/heldout", "limit": 2, "steps": "6,6,1"},
@@ -46,6 +47,9 @@ def ablation_values(folder: Path) -> dict[str, Any]:
 
 
 def write_ablation(folder: Path, *changes: Change) -> Path:
+    """The ablation and the files that it names; `folder` is the root of their paths."""
+    for name, text in {"train.yaml": "lr: 0.1 # high\n", "align.yaml": "lr: 0.2\n", "heldout.json": "[]\n"}.items():
+        (folder / name).write_text(text)
     values = ablation_values(folder)
     for change in changes:
         change(values)
@@ -67,6 +71,8 @@ def write_results(config: AblationConfig, seeds: int, accuracy: dict[str, list[f
         names = ("vae_psnr", "vae_ssim", "reconstruction_psnr", "reconstruction_ssim")
         result = {
             "settings": overlay(config, run),
+            "conditions": conditions_of(config, Path(config.output).parent),
+            "samples": f"order of seed {run.seed}",
             "scores": scores,
             "figures": dict.fromkeys(names, 20.0) if run.arm.reconstructs else {},
             "curves": {

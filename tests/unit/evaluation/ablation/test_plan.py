@@ -34,12 +34,16 @@ def test_arms_of_a_seed_differ_in_their_own_settings_only(config: AblationConfig
     own: dict[str, dict[str, Any]] = {
         name: {k: v for k, v in settings.items() if k not in ("save", "load")} for name, settings in overlays.items()
     }
-    shared = {"train_iters": 7, "seed": 1, "init_from": str(Path(config.output) / "start" / "seed1")}
+    shared = {
+        "train_iters": 7,
+        "seed": 1,
+        "init_from": str(Path(config.output) / "start" / "seed1-trained" / "checkpoints"),
+    }
     assert own["denoise"] == shared
     assert own["off"] == shared | {"recon_loss_weight": 0}
     assert own["regress"] == shared | {"recon_objective": "regress"}
     second = overlay(config, runs_of(config, 2)[3])
-    assert (second["seed"], Path(second["init_from"]).name) == (2, "seed2")
+    assert (second["seed"], Path(second["init_from"]).parent.name) == (2, "seed2-trained")
 
 
 def test_pictures_are_painted_by_arms_that_learn_it_in_their_own_way(config: AblationConfig) -> None:

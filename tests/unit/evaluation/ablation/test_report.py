@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_ross.evaluation.ablation.execute import AblationError, overlay
 from megatron_ross.evaluation.ablation.figures import split_panels
-from megatron_ross.evaluation.ablation.plan import AblationConfig
+from megatron_ross.evaluation.ablation.plan import AblationConfig, Run, runs_of
 from megatron_ross.evaluation.ablation.report import BEGIN, END, replace_between, write_report
 
 from .conftest import write_results
@@ -59,6 +60,24 @@ def test_an_unfinished_run_is_named(config: AblationConfig, tmp_path: Path) -> N
     write_results(config, 2, ACCURACY)
     with pytest.raises(ValueError, match="off, seed 3 has not finished"):
         write_report(config, 3, "", tmp_path / "a.md", tmp_path, tmp_path / "n.json")
+
+
+def _take(run: Run, **values: object) -> None:
+    path = run.folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_pairs_have_seen_the_same_samples(config: AblationConfig, tmp_path: Path) -> None:
+    """Those whose data settings say so."""
+    write_results(config, 2, ACCURACY)
+    denoise = next(run for run in runs_of(config, 2) if run.name == "denoise, seed 2")
+    _take(denoise, samples="another order")
+    arguments = (config, 2, "", tmp_path / "a.md", tmp_path, tmp_path / "n.json")
+    with pytest.raises(AblationError, match="off and denoise, seed 2, were not trained on the same samples"):
+        write_report(*arguments)
+    assert not (tmp_path / "a.md").exists()
+    _take(denoise, settings=overlay(config, denoise) | {"train_iters": 3})
+    write_report(*arguments)
 
 
 def test_what_people_wrote_around_the_report_stays(tmp_path: Path) -> None:

@@ -87,12 +87,17 @@ def test_ablation_end_to_end(tmp_path: Path) -> None:
     assert results["off"]["1"]["curves"]["recon_loss"] == [0, 0]
     # Same start and same batch: the language-model loss of the first step is the same.
     assert len({by_seed["1"]["curves"]["lm_loss"][0] for by_seed in results.values()}) == 1
+    assert len({by_seed["1"]["samples"] for by_seed in results.values()}) == 1
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "arms").rglob("result.json")}
     second = ablate(path)
     assert second.returncode == 0, second.stderr
     assert "3 runs, 3 of them finished before" in second.stdout
     assert report.read_text() == text
     assert {file: file.stat().st_mtime_ns for file in written} == written
+    (tmp_path / "questions.json").write_text("[]")
+    third = ablate(path)
+    assert third.returncode == 1
+    assert "off/seed1 was run with other settings (questions): remove it, or name another output" in third.stderr
 
 
 @pytest.mark.slow
