@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.training.metrics import METRICS_FILE, RunLog
 from tests.helpers.full_disk import full_disk
 
@@ -19,7 +20,7 @@ def _resume_at_2(folder: Path, text: str) -> list[str]:
     """The lines that are left of a log with this text."""
     path = folder / METRICS_FILE
     path.write_text(text)
-    RunLog(RunConfig.from_flat({"save": str(folder), "tensorboard": False}), 5, start_iteration=2)
+    RunLog(RunConfig.from_flat({"save": str(folder), "tensorboard": False}), RunFiles(), 5, start_iteration=2)
     assert [file.name for file in folder.iterdir()] == [METRICS_FILE]
     return path.read_text().splitlines()
 
@@ -48,9 +49,9 @@ def test_tensorboard_on_a_full_disk_ends_no_run(
 ) -> None:
     """Its thread dies, and every later call raises what it died of."""
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    log = RunLog(RunConfig.from_flat({"save": str(tmp_path), "save_failure": "continue"}), 5, start_iteration=0)
+    log = RunLog(RunConfig.from_flat({"save": str(tmp_path)}), RunFiles(goes_on=True), 5, start_iteration=0)
     with full_disk(100):
         for step in range(50):
             log._to_tensorboard("add_scalar", "loss", 1.0, step)
-        log.close()
+        log.close(0)
     assert capsys.readouterr().err.count(f"warning: cannot write {tmp_path / 'tensorboard'} (File too large)") == 1

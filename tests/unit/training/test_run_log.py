@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.data.run_files import RunFiles
 from megatron_ross.training.metrics import BrokenDownLosses, IntervalMetrics, RunLog, ValidationMetrics
 from megatron_ross.training.samples import Answer, Samples
 
@@ -63,7 +64,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 def open_log(folder: Path, start_iteration: int = 0) -> RunLog:
     flat = {"save": str(folder), "wandb_project": "ross", "tensorboard": False, "lr": 0.125}
-    return RunLog(RunConfig.from_flat(flat), train_iters=100, start_iteration=start_iteration)
+    return RunLog(RunConfig.from_flat(flat), RunFiles(), train_iters=100, start_iteration=start_iteration)
 
 
 def interval() -> IntervalMetrics:
@@ -97,7 +98,7 @@ def test_everything_is_sent(wandb: StandIn, tmp_path: Path) -> None:
     assert not any("samples/pictures" in values for _, values in wandb.logged)
     Image.new("RGB", (8, 4), "red").save(picture)
     log.write(interval())
-    log.close()
+    log.close(100)
     (init,) = wandb.inits
     assert (init["project"], init["dir"], init["resume"]) == ("ross", str(tmp_path), "allow")
     assert init["config"]["lr"] == 0.125
@@ -114,9 +115,19 @@ def test_everything_is_sent(wandb: StandIn, tmp_path: Path) -> None:
     assert wandb.finished == 1
 
 
+def test_the_last_pictures_of_a_run_that_was_stopped(wandb: StandIn, tmp_path: Path) -> None:
+    """They are of the step it came to, not of the one it was going to: the resumed run could send nothing before that."""
+    log = open_log(tmp_path)
+    picture = tmp_path / "painted later.png"
+    log.write_samples(STEP, Samples([], picture, 0.5))
+    Image.new("RGB", (8, 4), "red").save(picture)
+    log.close(STEP + 1)
+    assert [step for step, _ in wandb.logged] == [STEP + 1]
+
+
 def test_a_resumed_run_goes_on_with_the_same_run(wandb: StandIn, tmp_path: Path) -> None:
     for folder, start in ((tmp_path / "a", 0), (tmp_path / "a", STEP), (tmp_path / "b", 0)):
-        open_log(folder, start).close()
+        open_log(folder, start).close(start)
     first, second, other = (init["id"] for init in wandb.inits)
     assert first == second != other
 
