@@ -116,7 +116,7 @@ def test_everything_is_sent(wandb: StandIn, tmp_path: Path) -> None:
 
 
 def test_the_last_pictures_of_a_run_that_was_stopped(wandb: StandIn, tmp_path: Path) -> None:
-    """They are of the step it came to, not of the one it was going to: the resumed run could send nothing before that."""
+    """They are of the step it came to: the resumed run could send nothing that is before another step."""
     log = open_log(tmp_path)
     picture = tmp_path / "painted later.png"
     log.write_samples(STEP, Samples([], picture, 0.5))
