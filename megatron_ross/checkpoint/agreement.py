@@ -35,6 +35,25 @@ def run_on_rank_0(action: Callable[[], Told], what: str, cleanup: Path | None = 
     return cast(Told, told[0])
 
 
+def agree_on_checkpoint(directory: Path, content: str) -> None:
+    """Ranks read the file system each for itself, and may see different states of it. A collective.
+
+    Args:
+        content: what must be the same on all ranks, wherever the directory is on their machines.
+
+    Raises:
+        CheckpointError: on every rank; it is not.
+    """
+    everyone = [(str(directory), content)] * dist.get_world_size()
+    dist.all_gather_object(everyone, everyone[0])
+    others = [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]
+    if others:
+        raise CheckpointError(
+            f"ranks would start from different checkpoints: rank 0 from {everyone[0][0]}, rank {others[0]} from "
+            f"{everyone[others[0]][0]}; the shared file system shows them different states: start again"
+        )
+
+
 def raise_together(error: BaseException | None, what: str, cleanup: Path | None = None) -> None:
     """Raise CheckpointError on every rank if any rank has an error; rank 0 removes `cleanup` first. A collective."""
     reasons: list[str | None] = [None] * dist.get_world_size()

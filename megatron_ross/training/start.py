@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint it resumes, or the weights it is initialised from."""
+"""Where a run starts: the checkpoint it resumes, or the weights it is initialised from. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megatron_ross.checkpoint.agreement import CheckpointError
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
@@ -46,23 +43,6 @@ def start_of(run: RunConfig) -> Start:
         return Start(directory, Manifest.read(directory), resumed is not None)
     except ValueError as error:
         raise ValueError(f"{error}{earlier_checkpoint(directory) if resumed else ''}") from None
-
-
-def agree_on_start(start: Start) -> None:
-    """Ranks read the file system each for itself, and may see different states of it. A collective call.
-
-    Raises:
-        CheckpointError: on every rank; they start from different checkpoints.
-    """
-    mine = (str(start.directory), start.resumes, start.manifest.digest)
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    others = [rank for rank, (_, *content) in enumerate(everyone) if tuple(content) != everyone[0][1:]]
-    if others:
-        raise CheckpointError(
-            f"ranks would start from different checkpoints: rank 0 from {everyone[0][0]}, rank {others[0]} from "
-            f"{everyone[others[0]][0]}; the shared file system shows them different states: start again"
-        )
 
 
 def resumed_checkpoint(run: RunConfig) -> Path | None:

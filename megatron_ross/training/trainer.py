@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
+from megatron_ross.checkpoint.agreement import agree_on_checkpoint
 from megatron_ross.checkpoint.loading import base_of, load_checkpoint, load_weights, verify_checkpoint
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest
 from megatron_ross.checkpoint.reader import open_checkpoint
@@ -40,7 +41,7 @@ from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.rerun import start_rerun
 from megatron_ross.training.signals import StopSignal
 from megatron_ross.training.spikes import SpikeDetector
-from megatron_ross.training.start import Start, agree_on_start
+from megatron_ross.training.start import Start
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
 from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
@@ -60,7 +61,7 @@ class Trainer:
         self.files = RunFiles.of(run)
         self.watchdog = Watchdog(60 * run.training.hang_timeout_minutes, self.folder)
         self.watchdog.beat("start")
-        agree_on_start(start)
+        agree_on_checkpoint(start.directory, f"{start.manifest.digest}, resumed: {start.resumes}")
         source, manifest = start.directory, start.manifest
         if run.training.verify_checkpoint:
             verify_checkpoint(source)

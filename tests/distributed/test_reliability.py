@@ -25,9 +25,7 @@ from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, resolve_c
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.retention import complete_iterations
 from megatron_ross.checkpoint.saver import SavedCheckpoint
-from megatron_ross.config.schema import RunConfig
 from megatron_ross.training import spikes
-from megatron_ross.training.start import agree_on_start, start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.distributed import RankError, run_ranks
 from tests.helpers.full_disk import full_disk
@@ -256,21 +254,23 @@ def test_a_run_goes_back_as_advised(whole: Path, settings: dict[str, Any], tmp_p
     assert _losses(tmp_path) == _losses(whole)
 
 
-def _start(rank: int, world_size: int, folders: list[str]) -> str:
+def _start(rank: int, world_size: int, flat: dict[str, Any], folders: list[str]) -> str:
     try:
-        agree_on_start(start_of(RunConfig.from_flat({"load": folders[rank]})))
+        with_trainer(flat | {"load": folders[rank]}, lambda trainer: None)
     except CheckpointError as error:
         return str(error)
     return ""
 
 
-def test_ranks_that_see_different_checkpoints_do_not_start(saved_twice: Path, tmp_path: Path) -> None:
+def test_ranks_that_see_different_checkpoints_do_not_start(
+    settings: dict[str, Any], saved_twice: Path, tmp_path: Path
+) -> None:
     """As on a shared file system that shows one machine an old `latest`; where it lies may differ."""
     shutil.copytree(saved_twice, tmp_path, dirs_exist_ok=True)
     folders = [str(saved_twice), str(tmp_path)]
-    assert run_ranks(_start, 2, folders) == ["", ""]
+    assert run_ranks(_start, 2, settings, folders) == ["", ""]
     write_latest(tmp_path / "checkpoints", 2)
-    for message in run_ranks(_start, 2, folders):
+    for message in run_ranks(_start, 2, settings, folders):
         assert "different checkpoints: rank 0 from" in message
         assert "iter_0000004, rank 1 from" in message
         assert "iter_0000002;" in message
