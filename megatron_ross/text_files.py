@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +26,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync_files(paths: Iterable[Path]) -> None:
-    """Wait until these are on disk; of a folder, the names in it."""
+    """Wait until these are on disk; of a folder, the names in it.
+
+    Raises:
+        OSError: they cannot be written. That a file system cannot do this for folders is no error.
+    """
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
