@@ -87,14 +87,22 @@ def _train_on_a_disk_that_is_full_for_a_while(rank: int, world_size: int, flat: 
 
     Returns what `train` does, and what this rank wrote to stderr.
     """
-    step, filler = Trainer._step, Path(flat["save"]) / "filler"
+    step, skip, filler = Trainer._step, Trainer._skip, Path(flat["save"]) / "filler"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def late(self: Trainer, *args: Any) -> None:
+        if rank == world_size - 1:
+            fill()  # again: rank 0 may have removed a failed save since
+        skip(self, *args)
 
     def timed(self: Trainer) -> Any:
         now = self.iteration + 1
-        if rank == world_size - 1 and FULL_FROM <= now < FULL_UNTIL:  # again: a failed save leaves room
-            with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+        if rank == world_size - 1 and FULL_FROM <= now < FULL_UNTIL:
+            fill()
         if rank == world_size - 1 and now == FULL_UNTIL:
             filler.unlink()
         stage = self.stages[-1]
@@ -105,7 +113,7 @@ def _train_on_a_disk_that_is_full_for_a_while(rank: int, world_size: int, flat: 
         stage.lm_loss = lm_loss
         return result
 
-    Trainer._step = timed  # type: ignore[method-assign]
+    Trainer._step, Trainer._skip = timed, late  # type: ignore[method-assign]
     with tempfile.TemporaryFile("w+") as err, contextlib.redirect_stderr(err):
         message = train(rank, world_size, flat)
         err.seek(0)
