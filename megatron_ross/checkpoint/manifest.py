@@ -31,6 +31,7 @@ CHECKPOINTS_NAME = "checkpoints"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 _CHECKSUM_FIELD = "sha256"
 """Of the manifest itself; the other files' checksums are in `files`."""
+_ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 _MAX_ITERATION = 10**12
 _MAX_LATEST_CHARACTERS = 100
 _RECORDED_PACKAGES = ("megatron-ross", "megatron-core", "torch")
@@ -171,6 +172,12 @@ def library_versions() -> dict[str, str]:
 def iteration_dir(root: Path, iteration: int) -> Path:
     """ROOT/iter_0000000, Megatron's name for the folder of one iteration."""
     return Path(root) / f"iter_{iteration:07d}"
+
+
+def iteration_of(directory: Path) -> int | None:
+    """Which iteration's folder this is by its name, the inverse of `iteration_dir`; None: it is no such folder."""
+    match = _ITERATION_NAME.fullmatch(directory.name)
+    return int(match[1]) if match else None
 
 
 def write_latest(root: Path, iteration: int) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
-from megatron_ross.checkpoint.manifest import LATEST_NAME, MANIFEST_NAME, Manifest, iteration_dir
+from megatron_ross.checkpoint.manifest import LATEST_NAME, MANIFEST_NAME, Manifest, iteration_dir, iteration_of
 
 PARTIAL_SUFFIX = ".incomplete"
 """Of the folder of a checkpoint that is being written."""
-_NAME = re.compile(r"iter_(\d{7,})")
 
 
 def complete_iterations(root: Path) -> list[int]:
     """Iterations with a complete checkpoint below `root`, oldest first."""
-    matches = ((path, _NAME.fullmatch(path.name)) for path in root.glob("iter_*"))
-    return sorted(int(match[1]) for path, match in matches if match and (path / MANIFEST_NAME).is_file())
+    found = ((iteration_of(path), path) for path in root.glob("iter_*"))
+    return sorted(i for i, path in found if i is not None and (path / MANIFEST_NAME).is_file())
 
 
 def earlier_checkpoint(directory: Path) -> str:
@@ -81,7 +79,7 @@ def remove_leftovers(root: Path) -> list[str]:
 
 
 def _is_leftover(path: Path) -> bool:
-    named = _NAME.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX)) is not None
+    named = iteration_of(path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))) is not None
     complete = not path.name.endswith(PARTIAL_SUFFIX) and (path / MANIFEST_NAME).is_file()
     return named and not complete and path.is_dir() and not path.is_symlink()
 

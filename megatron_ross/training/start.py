@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from megatron_ross.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     iteration_dir,
+    iteration_of,
     resolve_checkpoint,
 )
 from megatron_ross.checkpoint.retention import complete_iterations, earlier_checkpoint
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
-
-_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,9 @@ def resumed_checkpoint(run: RunConfig) -> Path | None:
     if not run.training.load:
         return None
     root = checkpoints_of(run.training.load)
-    if named := _ITERATION.fullmatch(root.name):
-        _check_named(run, root, int(named[1]))
+    named = iteration_of(root)
+    if named is not None:
+        _check_named(run, root, named)
     # A run that was interrupted before its first save may start afresh; one whose checkpoints are damaged must not.
     elif run.training.init_from and not _was_ever_saved(root):
         return None

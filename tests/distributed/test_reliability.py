@@ -248,6 +248,7 @@ def test_a_run_goes_back_as_advised(whole: Path, settings: dict[str, Any], tmp_p
     _cut(root / "iter_0000004" / "manifest.json")
     write_latest(root, 2)
     flat = settings | {"save": str(tmp_path), "load": str(root), "save_interval": 3, "save_retain_last": 1}
+    flat |= {"verify_checkpoint": True}
     assert run_ranks(train, 2, flat) == ["", ""]
     assert complete_iterations(root) == [6]
     assert resolve_checkpoint(root) == iteration_dir(root, 6)

@@ -147,6 +147,9 @@ def test_calls_add_to_a_folder(tmp_path: Path) -> None:
     write(tmp_path, result(job("pope"), {"Overall.Overall": 75.0}, settings()))
     write(tmp_path, result(job("gqa"), {"exact_match": 0.5}, settings()))
     stored = json.loads((tmp_path / "results.json").read_text())
+    assert {(e["settings"]["export"], e["settings"]["preset"]) for e in stored["results"]} == {
+        ("/run-ross", "published")
+    }
     found = [(e["benchmark"], e["framework"], e["percent"]) for e in stored["results"]]
     assert found == [("gqa", "lmms-eval", 50.0), ("pope", "builtin", 50.0), ("pope", "vlmevalkit", 75.0)]
     table = (tmp_path / "results.md").read_text()

@@ -49,7 +49,8 @@ def test_tensorboard_on_a_full_disk_ends_no_run(
 ) -> None:
     """Its thread dies, and every later call raises what it died of."""
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    log = RunLog(RunConfig.from_flat({"save": str(tmp_path)}), RunFiles(goes_on=True), 5, start_iteration=0)
+    run = RunConfig.from_flat({"save": str(tmp_path), "save_failure": "continue"})
+    log = RunLog(run, RunFiles.of(run), 5, start_iteration=0)
     with full_disk(100):
         for step in range(50):
             log._to_tensorboard("add_scalar", "loss", 1.0, step)
