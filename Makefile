@@ -22,6 +22,8 @@ BIN := $(VENV)/bin
 # How many test files run at the same time; tests/conftest.py limits each to one thread.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# Tests that are not marked `gpu` compare CPU with CPU, on up to eight ranks: they must not find the one GPU of a machine.
+ON_CPU := CUDA_VISIBLE_DEVICES=
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
 .PHONY: help install quickstart test test-slow test-layouts test-faults test-eval test-gpu test-lowest benchmark check format clean
@@ -48,29 +50,30 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
-	@$(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
+	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m pytest -m gpu; fi
 
 test-slow: $(READY) ## the tests that take minutes each
-	@$(BIN)/python $(PYTEST) -m slow
+	@$(ON_CPU) $(BIN)/python $(PYTEST) -m slow
 
 test-layouts: $(READY) ## every parallel layout against one process, the full product
-	@$(BIN)/python $(PYTEST) -m layouts
+	@$(ON_CPU) $(BIN)/python $(PYTEST) -m layouts
 
 test-faults: $(READY) ## all of docs/reliability.md: kills, lost machines, full disks, hostile input; one test at a time
-	@$(BIN)/python -m pytest tests/distributed/test_reliability.py tests/fuzz
-	@$(BIN)/python -m pytest -m faults
+	@$(ON_CPU) $(BIN)/python -m pytest tests/distributed/test_reliability.py tests/fuzz
+	@$(ON_CPU) $(BIN)/python -m pytest -m faults
 
 test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, without network
 	@$(BIN)/python -c 'import lmms_eval' || { \
 		echo "error: lmms-eval cannot be imported in $(VENV) (see above): rm $(EVAL_READY), then make test-eval" >&2; exit 1; }
-	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
+	@$(ON_CPU) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
 
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a CUDA GPU, and torch sees none")'
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
-	@$(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
+	@$(ON_CPU) $(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
 	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json

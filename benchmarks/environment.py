@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,9 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash; `+` says that tracked files differ from it."""
+    """Short hash; `+` says that tracked files differ from it. A copy without history is told its commit by COMMIT."""
+    if told := os.environ.get("COMMIT"):
+        return told
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -44,7 +47,9 @@ def commit() -> str:
         )
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    if shutil.which("git") is None or not (head := git("rev-parse", "--short", "HEAD")):
+        return "unknown"
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _processor() -> str:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from peer_denoiser import PlainDenoiser
 from step_timeline import Timeline
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from megatron_ross import ops
@@ -61,7 +62,6 @@ class HfRoss(nn.Module):
             self.llm = Qwen2ForCausalLM(_qwen2_config(config.language))
             self.tower = SiglipVisionModel(SiglipVisionConfig.from_dict(config.vision.hf_config))
             self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        with device:
             self.denoiser = PlainDenoiser(
                 depth=config.denoiser.depth,
                 width=config.denoiser.width,
@@ -71,7 +71,8 @@ class HfRoss(nn.Module):
                 channels=4 * config.vae.latent_channels,
                 hidden_size=hidden,
                 grid=config.vision.grid_size,
-            )  # computes in fp32, as published
+            )
+        with device:
             self.vae = AutoencoderKL.from_config(config.vae.hf_config)
         self.to(device)  # modules of diffusers ignore the default device
         self.tables = cosine_tables().to(device)
@@ -120,7 +121,9 @@ class HfRoss(nn.Module):
         signal = self.tables.sqrt_alphas_cumprod.float()[t][:, None, None, None]
         sigma = self.tables.sqrt_one_minus_alphas_cumprod.float()[t][:, None, None, None]
         x_t = signal * z.repeat(num_draws, 1, 1, 1) + sigma * eps
-        predicted = self.denoiser(x_t, t, condition.float().repeat(num_draws, 1, 1))
+        # As published: stored like the rest of the model, and computed in fp32.
+        weights = {name: p.float() for name, p in self.denoiser.named_parameters()}
+        predicted = functional_call(self.denoiser, weights, (x_t, t, condition.float().repeat(num_draws, 1, 1)))
         return F.mse_loss(predicted, eps) * z.shape[0]
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ export OUT PYTHON PYTHONPATH PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_P
 
 if [ -z "${PARTS:-}" ]; then
     step="$PYTHON benchmarks/bench_step.py"
-    tests="tests/kernels tests/distributed/test_gpu_features.py tests/unit/data/test_dali_images.py"
+    tests="tests/kernels tests/distributed/test_gpu_features.py tests/distributed/test_gpu_runs.py tests/unit/data/test_dali_images.py"
     if [ -n "$dry_run" ]; then
         size="--size tiny --rounds 1 --memory false"
         PARTS="

@@ -13,8 +13,8 @@ import triton.language as tl
 @triton.jit
 def philox(seed_low, seed_high, c0, c1, c2, c3):
     """Ten rounds on uint32 counters that broadcast together; the four output words, uint32."""
-    key0 = tl.to_tensor(seed_low).to(tl.uint32)
-    key1 = tl.to_tensor(seed_high).to(tl.uint32)
+    key0 = tl.cast(seed_low, tl.uint32)
+    key1 = tl.cast(seed_high, tl.uint32)
     for _ in tl.static_range(10):
         high_a = tl.umulhi(c0, tl.full((), 0xD2511F53, tl.uint32))
         high_b = tl.umulhi(c2, tl.full((), 0xCD9E8D57, tl.uint32))

@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,7 +25,7 @@ from megatron_ross.checkpoint.agreement import raise_together, run_on_rank_0
 from megatron_ross.checkpoint.checksums import checksums, other_files, own_data_files
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, MANIFEST_NAME, Manifest, iteration_dir, write_latest
 from megatron_ross.checkpoint.retention import PARTIAL_SUFFIX, remove_checkpoint, remove_leftovers, remove_superseded
-from megatron_ross.checkpoint.writer import InProcessSave
+from megatron_ross.checkpoint.writer import begin_write
 from megatron_ross.text_files import sync_files
 
 
@@ -116,12 +115,10 @@ class CheckpointSaver:
         partial = iteration_dir(self.root, manifest.iteration)
         partial = partial.with_name(partial.name + PARTIAL_SUFFIX)
         run_on_rank_0(lambda: _start_folder(partial), f"prepare {partial}")
-        strategy = InProcessSave(self._group, copy=self.policy.async_save)
         write: Callable[[], None] | None = None
         error: BaseException | None = None
         try:
-            request = dist_checkpointing.save(state, str(partial), sharded_strategy=strategy, async_sharded_save=True)
-            write = request.async_fn
+            write = begin_write(state, partial, self._group, copy=self.policy.async_save)
         except (Exception, CheckpointException) as caught:  # any fault; agreed on below, so no rank is left behind
             error = caught
         raise_together(error, f"write {partial}", cleanup=partial)

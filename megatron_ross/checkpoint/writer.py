@@ -8,16 +8,18 @@ mutex or a half-made runtime die or stop, and Megatron then waits for them for e
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -26,31 +28,31 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """The save strategy `torch_dist`, version 1, without child processes.
+def begin_write(
+    state: ShardedStateDict, directory: Path, group: dist.ProcessGroup | None, *, copy: bool
+) -> Callable[[], None]:
+    """Check the state, write what is not sharded, and return the function that writes the rest; a collective call.
+
+    The function writes this rank's main replicas to one file, and last, on rank 0, `.metadata`. It is called by all
+    ranks, and raises CheckpointException on rank 0, with the faults of all ranks, and on the ranks at fault.
+    `dist_checkpointing.save` would do, but puts `common.pt` elsewhere from megatron-core 0.19 on.
 
     Args:
-        group: for the collectives of the request, which may run in a thread; None: the default group.
-        copy: the request writes a copy, in CPU memory, of what the state holds now.
+        group: for the collectives of the function, which may run in a thread; None: the default group.
+        copy: the function writes a copy, in CPU memory, of what the state holds now.
+    Raises:
+        CheckpointingException: the ranks' shards do not make up whole tensors.
+        OSError: `common.pt` cannot be written.
     """
-
-    def __init__(self, group: dist.ProcessGroup | None, *, copy: bool) -> None:
-        super().__init__("torch_dist", 1)
-        self._group, self._copy = group, copy
-
-    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
-        """A request whose `async_fn()` writes this rank's main replicas to one file, and last, on rank 0, `.metadata`.
-
-        `async_fn` is called by all ranks. It raises CheckpointException on rank 0, with the faults of all ranks, and on
-        the ranks at fault.
-        """
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        if self._copy:
-            for tensor in (value for values in state.values() for value in values if isinstance(value, ShardedTensor)):
-                tensor.data = tensor.data.detach().to("cpu", copy=True)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        plain = mcore_to_pyt_state_dict(state, False)
-        return AsyncRequest(functools.partial(_write, plain, planner, Path(checkpoint_dir), self._group), (), [])
+    sharded, common = save_preprocess(state)
+    if dist.get_rank() == 0:
+        torch.save(common, directory / COMMON_STATE_FNAME)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    if copy:
+        for tensor in (value for values in by_key.values() for value in values if isinstance(value, ShardedTensor)):
+            tensor.data = tensor.data.detach().to("cpu", copy=True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    return functools.partial(_write, mcore_to_pyt_state_dict(by_key, False), planner, directory, group)
 
 
 def _write(state: dict[str, Any], planner: SavePlanner, directory: Path, group: dist.ProcessGroup | None) -> None:

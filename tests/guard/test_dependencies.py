@@ -60,7 +60,7 @@ def test_lowest_requirements_are_the_lower_bounds() -> None:
     """`make test-lowest` installs LOWEST: it must be what setup.py promises. torch is chosen by tools/setup_venv.sh."""
     bounds = {
         r.name: next(s.version for s in r.specifier if s.operator == ">=")
-        for r in [*required(), *extras()["quickstart"]]
+        for r in [*required(), *extras()["quickstart"], *extras()["gpu"]]
         if r.name != "torch"
     }
     pins = dict(line.split("==") for line in LOWEST.read_text().splitlines() if line and not line.startswith("#"))

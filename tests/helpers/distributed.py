@@ -4,8 +4,9 @@
 
 The function must be at module level. It finds `torch.distributed` initialised (gloo unless asked otherwise, meeting
 through a file, so no ports can collide) and leaves what it likes behind: every call gets new processes. They are forked
-from one server that has imported torch and Megatron, so starting them takes a fraction of a second. Ranks that lived
-on would collect gloo's threads, which poll until their process ends: some 75 for each layout that a rank walks through.
+from one server that has imported torch and Megatron, so starting them takes a fraction of a second; those of `nccl` are
+started afresh. Ranks that lived on would collect gloo's threads, which poll until their process ends: some 75 for each
+layout that a rank walks through.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ class _Ranks:
         self.connections: list[Connection] = []
 
     def start(self, task: tuple[str, Any, str, bytes], world_size: int, backend: str, env: dict[str, str]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        # What the server imports may ask how many GPUs there are; a process forked after that cannot use them.
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        if backend == "gloo":
+            context.set_forkserver_preload(PRELOAD)
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

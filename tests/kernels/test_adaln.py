@@ -55,13 +55,16 @@ def test_kernels_equal_the_definition(device: str, lead: tuple[int, ...], width:
     plain = run(lead, width, dtype, device, False, dtype)
     got = run(lead, width, dtype, device, True, dtype)
     floor = 4 * torch.finfo(dtype).eps
+    # A row of one column is constant: its gradient is the difference of equal numbers over sqrt(EPS), and a compiler
+    # that fuses a product into that difference leaves the product's rounding there.
+    cancelled = 2 * torch.finfo(dtype).eps / EPS**0.5 if width == 1 else 0.0
     for name, mine, theirs, truth in zip(("normed", "out", "x", "modulation", "y"), got, plain, exact, strict=True):
         assert mine.dtype == dtype
         assert mine.shape == truth.shape
         assert mine.isfinite().all(), name
         if truth.numel():
             yardstick = (theirs.double() - truth).abs().max()
-            allowed = 2 * float(yardstick) + floor * float(truth.abs().max())
+            allowed = 2 * float(yardstick) + floor * float(truth.abs().max()) + (cancelled if name == "x" else 0.0)
             assert float((mine.double() - truth).abs().max()) <= allowed, name
 
 

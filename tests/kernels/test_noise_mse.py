@@ -111,7 +111,7 @@ def test_definition_by_loops(device: str) -> None:
 
 
 def test_block_size_does_not_matter(device: str) -> None:
-    """Noise and gradients to the bit; only the order of summation may differ."""
+    """To the bit but for the order of summation; a GPU's compiler may fuse products and sums differently, too."""
     from ross_kernels.noise_mse import triton_impl
 
     mean, logvar = moments(2, 3, 5, torch.float32, device)
@@ -123,10 +123,9 @@ def test_block_size_does_not_matter(device: str) -> None:
         )[0])  # fmt: skip
         sums.append(triton_impl.mse_sums(noised[0], keys, block=block))
         gradients.append(triton_impl.mse_backward(torch.ones(2, 2, device=device), noised[0], keys, block=block))
-    for first, second in pairwise(noised):
-        assert torch.equal(first, second)
-    for first, second in pairwise(gradients):
-        assert torch.equal(first, second)
+    tolerance = 0.0 if device == "cpu" else 2e-6
+    for first, second in [*pairwise(noised), *pairwise(gradients)]:
+        torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
     for first, second in pairwise(sums):
         torch.testing.assert_close(first, second, rtol=1e-6, atol=0)
 
