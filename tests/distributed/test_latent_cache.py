@@ -223,7 +223,7 @@ def test_training_refuses_before_it_starts(settings: dict[str, Any], tmp_path: P
     command = [sys.executable, "pretrain_ross.py", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
+    *_, line = result.stderr.strip().splitlines()
     assert line.startswith("error: latent_cache=")
     assert "tools/cache_latents.py" in line
 
