@@ -114,8 +114,8 @@ def run_stage(
     rates = {row.name: [n / s for n, s in zip(samples, row.seconds, strict=True)] for row in rows}
     cpu = {row.name: [n / s for n, s in zip(samples, row.cpu_seconds, strict=True)] for row in rows}
     trained = Trained.of(TrainabilityConfig(freeze_language_model=stage == 1))
-    parts = [module_flops(size.model, trained, work_of(packs, size), NUM_DRAWS) for packs in timed]
-    flops = [sum(part.total for part in step.values()) for step in parts]
+    flops = [sum(part_flops(packs, size, trained).values()) for packs in timed]
+    watched = [part_flops(packs, size, trained) for packs in (steps[-1:] if torch.cuda.is_available() else timed)]
     rate = matmul_flops_per_second(dtype)
     if torch.cuda.is_available():
         memory: dict[str, Any] = {"row_peak_memory_mib": {row.name: row.peak_bytes / 2**20 for row in rows}}
@@ -128,11 +128,16 @@ def run_stage(
         "padded_tokens": [padded_tokens(packs, micro_batch_size) for packs in timed],
         "matmul_flops_per_second": rate,
         "rows": {row.name: row_figures(row, rates[row.name], flops, rate, rounds) for row in rows},
-        "part_flops": {part: statistics.mean(step[part].total for step in parts) for part in parts[0]},
+        "part_flops": {part: statistics.mean(step[part] for step in watched) for part in watched[0]},
         "ratios": ratios(rates, "peer") if "peer" in names else {},
         "cpu_time_ratios": ratios(cpu, "peer") if "peer" in names else {},
         **memory,
     }
+
+
+def part_flops(packs: list[Pack], size: StepSize, trained: Trained) -> dict[str, float]:
+    """Operations of a step by part of the model."""
+    return {part: f.total for part, f in module_flops(size.model, trained, work_of(packs, size), NUM_DRAWS).items()}
 
 
 def row_figures(row: Row, rates: list[float], flops: list[float], matmul_rate: float, rounds: int) -> dict[str, Any]:

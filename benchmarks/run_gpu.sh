@@ -48,13 +48,13 @@ step-2 60 $step $size --stages [2] --json $OUT/step-2.json"
         deep="$step $size --stages [2] --num_layers 8 --rows [ours]"
         PARTS="
 environment 10 nvidia-smi && $PYTHON -m pip list
-step-1 100 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-1.json
-step-2 65 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-2.json
-step-2-deep 50 $deep --json $OUT/step-2-deep.json
-step-2-fp8 50 $deep --settings '{fp8: hybrid}' --json $OUT/step-2-fp8.json
-kernels 75 $PYTHON benchmarks/bench_kernels.py --json $OUT/kernels.json
-tests 100 $PYTHON -m pytest -q -m gpu -p no:cacheprovider $tests
-data 30 $PYTHON benchmarks/bench_data.py --num_workers 8 --rounds 2 --json $OUT/data.json"
+step-1 75 $step $size --stages [1] --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-1.json
+step-2 60 $step $size --stages [2] --num_layers 2 --rows [ours,peer] --micro_batch_size 4 --json $OUT/step-2.json
+step-2-deep 55 $deep --json $OUT/step-2-deep.json
+step-2-fp8 55 $deep --settings '{fp8: hybrid}' --json $OUT/step-2-fp8.json
+kernels 60 $PYTHON benchmarks/bench_kernels.py --json $OUT/kernels.json
+tests 120 $PYTHON -m pytest -q -n 6 -m gpu -p no:cacheprovider $tests
+data 45 $PYTHON benchmarks/bench_data.py --num_workers 8 --rounds 2 --json $OUT/data.json"
     fi
     if [ -n "${WHEELS:-}" ]; then
         # All in one command: a second one would replace folders that several wheels share.

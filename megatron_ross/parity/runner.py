@@ -118,7 +118,8 @@ class Session:
     def reference_scales(self, batches: list[RossMicrobatch]) -> list[LossScales]:
         """The recorded batch is one published microbatch, however we split it."""
         counts = [count(batch) for batch in batches]
-        totals = torch.tensor([[c.supervised_tokens, c.images, c.image_slots] for c in counts]).sum(0)
+        table = [[c.supervised_tokens, c.images, c.image_slots] for c in counts]
+        totals = torch.tensor(table, device=current_device()).sum(0)
         dist.all_reduce(totals, group=self.groups.dp)
         scales = reference_scales(BatchCounts(*totals.tolist()), 1, self.run.loss.num_noise_draws, 1.0)
         return [scales] * len(batches)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its links. Rates are peaks; `planner/timing.py` says which share of them is assumed."""
+    """One GPU and its links. Rates are peaks; `planner/timing.py` says which share of them is reached."""
 
     name: str
     memory_gib: float
