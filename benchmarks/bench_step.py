@@ -247,6 +247,7 @@ def main(
         )
         if stage in peaks:
             figures[str(stage)]["row_peak_memory_mib"] = peaks[stage]
+    torch.distributed.destroy_process_group()
     print(table(figures))
     if json is not None:
         about = {
