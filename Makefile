@@ -24,6 +24,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Tests that are not marked `gpu` compare CPU with CPU, on up to eight ranks: they must not find the one GPU of a machine.
 ON_CPU := CUDA_VISIBLE_DEVICES=
+SEES_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
 .PHONY: help install quickstart test test-slow test-layouts test-faults test-eval test-gpu test-lowest benchmark check format clean
@@ -51,7 +52,7 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
 	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m pytest -m gpu; fi
+	@if $(SEES_GPU); then $(MAKE) --no-print-directory test-gpu; fi
 
 test-slow: $(READY) ## the tests that take minutes each
 	@$(ON_CPU) $(BIN)/python $(PYTEST) -m slow
@@ -69,7 +70,7 @@ test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, 
 	@$(ON_CPU) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
 
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a CUDA GPU, and torch sees none")'
+	@$(SEES_GPU) || { echo "error: make test-gpu needs a CUDA GPU, and torch sees none" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies

@@ -114,8 +114,9 @@ def run_stage(
     rates = {row.name: [n / s for n, s in zip(samples, row.seconds, strict=True)] for row in rows}
     cpu = {row.name: [n / s for n, s in zip(samples, row.cpu_seconds, strict=True)] for row in rows}
     trained = Trained.of(TrainabilityConfig(freeze_language_model=stage == 1))
-    flops = [sum(part_flops(packs, size, trained).values()) for packs in timed]
-    watched = [part_flops(packs, size, trained) for packs in (steps[-1:] if torch.cuda.is_available() else timed)]
+    parts = [part_flops(packs, size, trained) for packs in timed]
+    watched = [part_flops(steps[-1], size, trained)] if torch.cuda.is_available() else parts
+    flops = [sum(step.values()) for step in parts]
     rate = matmul_flops_per_second(dtype)
     if torch.cuda.is_available():
         memory: dict[str, Any] = {"row_peak_memory_mib": {row.name: row.peak_bytes / 2**20 for row in rows}}

@@ -70,9 +70,8 @@ def peer_row(size: StepSize, stage: int, dtype: str, tf32: bool, micro_batch_siz
     row = Row("peer")
     with row.allocations():
         model = HfRoss(size.model, stage, DTYPES[dtype], current_device())
-        with (
-            torch.no_grad()
-        ):  # published initialisation is zero where the denoiser modulates; nothing would be compared
+        # Published initialisation is zero where the denoiser modulates; nothing would be compared.
+        with torch.no_grad():
             for parameter in model.denoiser.parameters():
                 parameter.normal_(std=0.02)
         optimizer = MasterAdamW(model.parameters(), LEARNING_RATE)

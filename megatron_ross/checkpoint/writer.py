@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -27,6 +26,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_ross.checkpoint.reader import COMMON_NAME
+
 
 def begin_write(
     state: ShardedStateDict, directory: Path, group: dist.ProcessGroup | None, *, copy: bool
@@ -35,7 +36,7 @@ def begin_write(
 
     The function writes this rank's main replicas to one file, and last, on rank 0, `.metadata`. It is called by all
     ranks, and raises CheckpointException on rank 0, with the faults of all ranks, and on the ranks at fault.
-    `dist_checkpointing.save` would do, but puts `common.pt` elsewhere from megatron-core 0.19 on.
+    `dist_checkpointing.save` would write other files from megatron-core 0.19 on: there is no `common.pt` any more.
 
     Args:
         group: for the collectives of the function, which may run in a thread; None: the default group.
@@ -46,7 +47,7 @@ def begin_write(
     """
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
-        torch.save(common, directory / COMMON_STATE_FNAME)
+        torch.save(common, directory / COMMON_NAME)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     if copy:
         for tensor in (value for values in by_key.values() for value in values if isinstance(value, ShardedTensor)):

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_ross.checkpoint.reader import COMMON_NAME
 from megatron_ross.convert.atomic import create_file, save_torch
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -69,7 +70,7 @@ def write_torch_dist(
                 save_torch(_loaded(key, tensors[key]), file)
                 storage[_index(key, tensors[key])] = _StorageInfo(name, start, file.tell() - start)
                 progress(tensors[key].nbytes)
-    torch.save({}, directory / "common.pt")
+    torch.save({}, directory / COMMON_NAME)
     _write_metadata(directory, tensors, storage)
     (directory / "metadata.json").write_text(json.dumps(BACKENDS))
 

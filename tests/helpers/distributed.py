@@ -81,8 +81,7 @@ class _Ranks:
     def start(self, task: tuple[str, Any, str, bytes], world_size: int, backend: str, env: dict[str, str]) -> None:
         # What the server imports may ask how many GPUs there are; a process forked after that cannot use them.
         context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
-        if backend == "gloo":
-            context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
