@@ -6,7 +6,9 @@ All settings of pretrain_ross.py are understood: they name the data (`data_path`
 size and packing. Tokenizer and image size are those of the checkpoint to start from, or, before there is one, of
 `--model` and `--tokenizer`. Prints, for all sources together and for each, exact counts of what training will drop and
 why, histograms, and the steps of the run; writes `report.json` and `histograms.png` to `--out`. Run it again to go on
-where it was stopped. Exits 1 if samples have to be skipped.
+where it was stopped. Exits 1 where training would stop because of its data, and says why and at which iteration:
+settings, tokenizer and records that do not fit, more broken samples than `max_bad_sample_share` and
+`max_mismatch_share` allow, or steps that train nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import matplotlib
 from megatron_ross.checkpoint.manifest import ASSETS_NAME
 from megatron_ross.config.blend import data_sources
 from megatron_ross.config.cli import ConfigError, parse_run_config
+from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.validate import check_anything_is_trained, check_settings
 from megatron_ross.convert.known_models import known_model
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.shard_writer import write_shards
@@ -37,7 +41,15 @@ from megatron_ross.data.survey import (
     training_plan,
 )
 from megatron_ross.platform import quieten
-from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
+from megatron_ross.training.data import (
+    TrainingSet,
+    build_dataset,
+    build_order,
+    build_valid_dataset,
+    build_valid_order,
+    source_names,
+)
+from megatron_ross.training.rehearsal import rehearse, rehearse_validation
 from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import num_iterations
 
@@ -72,15 +84,23 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def open_data(options: argparse.Namespace, run: RunConfig) -> TrainingSet:
-    """The data set as training builds it. Raises ValueError."""
+def open_data(options: argparse.Namespace, run: RunConfig) -> tuple[TrainingSet, RossDataset | None]:
+    """The training set as training builds it, and the one that `valid_data_path` names. Raises ValueError."""
+    model, assets = _model_and_assets(options, run)
+    check_anything_is_trained(run, model)
+    valid = build_valid_dataset(run, model.vision, assets) if run.observation.eval_interval is not None else None
+    return build_dataset(run, model.vision, assets), valid
+
+
+def _model_and_assets(options: argparse.Namespace, run: RunConfig) -> tuple[RossModelConfig, Path]:
+    """Architecture, and folder of the tokenizer."""
     if options.model and options.tokenizer:
-        return build_dataset(run, known_model(options.model).vision, Path(options.tokenizer))
+        return known_model(options.model), Path(options.tokenizer)
     if not run.training.init_from and not run.training.load:
         raise ConfigError("init_from='': name a checkpoint to start from, or give both --model and --tokenizer")
     start = start_of(run)
     model = known_model(options.model) if options.model else start.manifest.model
-    return build_dataset(run, model.vision, Path(options.tokenizer or start.directory / ASSETS_NAME))
+    return model, Path(options.tokenizer or start.directory / ASSETS_NAME)
 
 
 def survey_sources(options: argparse.Namespace, run: RunConfig, data: TrainingSet) -> list[Source]:
@@ -89,16 +109,21 @@ def survey_sources(options: argparse.Namespace, run: RunConfig, data: TrainingSe
     names = source_names(run.data) or [run.data.data_path]
     sources: list[Source] = []
     for i, (name, dataset) in enumerate(zip(names, parts, strict=True)):
-        print(f"source {name}: {len(dataset):,} samples", flush=True)
-        survey = survey_dataset(
-            dataset,
-            decode=not options.skip_images,
-            num_workers=run.data.num_workers,
-            progress_file=options.out / f"progress_{i}.jsonl",
-        )
+        survey = survey_source(options, run, name, dataset, f"progress_{i}.jsonl")
         first = sources[-1].first + len(sources[-1].dataset) if sources else 0
         sources.append(Source(name, dataset, survey, first))
     return sources
+
+
+def survey_source(options: argparse.Namespace, run: RunConfig, name: str, dataset: RossDataset, file: str) -> Survey:
+    """Check one source; `file` of the output folder keeps the progress."""
+    print(f"source {name}: {len(dataset):,} samples", flush=True)
+    return survey_dataset(
+        dataset,
+        decode=not options.skip_images,
+        num_workers=run.data.num_workers,
+        progress_file=options.out / file,
+    )
 
 
 def make_report(run: RunConfig, data: TrainingSet, sources: Sequence[Source]) -> tuple[Survey, dict[str, Any]]:
@@ -113,9 +138,11 @@ def make_report(run: RunConfig, data: TrainingSet, sources: Sequence[Source]) ->
         plans["packed" if packing else "padded"] = training_plan(whole, order, run.data.global_batch_size)
         if packing == run.data.packing:
             per_epoch, train_steps = findings_per_epoch(whole, order), num_iterations(run, order)
+            stop = rehearse(run, whole, order, train_steps)
     report = {
         "packing": run.data.packing,
         "train_steps": train_steps,
+        "stops": [stop] if stop else [],
         "epoch": plans,
         "per_epoch": per_epoch,
         "samples": whole.counts,
@@ -146,6 +173,18 @@ def print_report(whole: Survey, report: dict[str, Any], sources: Sequence[Source
                 print(f"      {example}")
     for kind, count in report["per_epoch"].items():
         print(f"in one epoch, {kind}: {count:,} of {plans['packed']['samples']:,} samples")
+    for stop in report["stops"]:
+        print(stop)
+
+
+def validation_stop(
+    options: argparse.Namespace, run: RunConfig, data: TrainingSet, whole: Survey, valid: RossDataset | None
+) -> str:
+    """Why validation would end the run; empty if it would not, or if there is none. `whole` is the survey of `data`."""
+    if run.observation.eval_interval is None:
+        return ""
+    survey = whole if valid is None else survey_source(options, run, "validation", valid, "progress_valid.jsonl")
+    return rehearse_validation(run, survey, build_valid_order(run, data if valid is None else valid))
 
 
 def draw(survey: Survey, path: Path) -> None:
@@ -175,17 +214,19 @@ def shard_sources(run: RunConfig, sources: Sequence[Source], folder: Path, sampl
 
 
 def main(argv: Sequence[str]) -> int:
-    """0; 1 if samples have to be skipped, or after one line that says what is wrong."""
+    """0; 1 if training would stop because of its data, or after one line that says what is wrong."""
     quieten()
     options, rest = parse(argv)
     try:
         if options.samples_per_shard < 1:
             raise ConfigError(f"samples_per_shard={options.samples_per_shard}: must be at least 1")
         run = parse_run_config(rest)
-        data = open_data(options, run)
+        check_settings(run)
+        data, valid = open_data(options, run)
         options.out.mkdir(parents=True, exist_ok=True)
         sources = survey_sources(options, run, data)
         whole, report = make_report(run, data, sources)
+        report["stops"] += filter(None, [validation_stop(options, run, data, whole, valid)])
         print_report(whole, report, sources)
         (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(whole, options.out / "histograms.png")
@@ -194,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 1 if whole.skipped else 0
+    return 1 if report["stops"] else 0
 
 
 if __name__ == "__main__":

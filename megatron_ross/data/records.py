@@ -44,12 +44,13 @@ class Record:
     where: str
 
 
-def parse_record(raw: Any, where: str) -> Record:
+def parse_record(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
     """Check one raw record.
 
     Args:
         raw: what the JSON holds.
         where: file and index, for messages.
+        needs_answer: False takes a record with nothing but images, and gives it a turn that shows them.
 
     Raises:
         RecordError: names the file, the record's id and the offending field.
@@ -63,6 +64,9 @@ def parse_record(raw: Any, where: str) -> Record:
         raise RecordError(f"{where}: field 'id' is {shown(record_id)}")
     where = f"{where} (id {shown(record_id)})"
     turns = raw.get("conversations")
+    if not turns and not needs_answer and (images := _parse_images(raw.get("image"), where)):
+        shown_images = Turn("human", "\n".join(["<image>"] * len(images)))
+        return Record(str(record_id), images, (shown_images,), where)
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"{where}: field 'conversations' must be a non-empty list")
     return Record(
@@ -124,7 +128,7 @@ class ImageRoot:
         is_folder = os.path.isdir(self._real) if self._file_system is None else self._file_system.isdir(self._real)
         if not is_folder:
             raise ValueError(
-                f"image_root {self.folder} is not a folder; set it to the folder the 'image' names start from"
+                f"image_folder={self.folder}: is not a folder; set it to the folder the 'image' names start from"
             )
 
     def resolve(self, name: str) -> str:

@@ -50,7 +50,7 @@ class LlavaSource:
 
     def read_image(self, index: int, number: int, name: str) -> bytes:
         if self._image_root is None:
-            raise ImageError(f"image {name!r} cannot be read: no image_root is set")
+            raise ImageError(f"image {name!r} cannot be read: image_folder is not set")
         return self._image_root.read(name)
 
 
@@ -70,7 +70,7 @@ def open_sources(
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     names = [name for path in given for name in expand_braces(os.fspath(path))]
     if not names:
-        raise ValueError("json_path is empty; name at least one JSON, JSONL or tar file")
+        raise ValueError("data_path is empty; name at least one JSON, JSONL or tar file")
     root = ImageRoot(image_root, allow_image_symlinks) if image_root is not None else None
     return [
         ShardFile(name, cache_folder) if name.endswith(".tar") else LlavaSource(name, root, cache_folder)

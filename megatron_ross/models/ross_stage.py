@@ -230,7 +230,7 @@ class RossStage(MegatronModule):
             self.losses.add(recon=losses[-1])
         if self.spec.has("H"):
             self.wait_for(self.output_layer)
-            losses.append(self.lm_loss(full, batch) * scales.lm)
+            losses.append(self.lm_loss(full, batch, skip=scales.lm == 0) * scales.lm)
             self.losses.add(lm=losses[-1])
         return losses
 
@@ -276,11 +276,14 @@ class RossStage(MegatronModule):
     def _vocabulary(self) -> VocabularyShard:
         return VocabularyShard(self.groups.tp, self.model_config.language.vocab_size)
 
-    def lm_loss(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
-        """Summed cross entropy at supervised positions only: most positions of a sample carry no label."""
+    def lm_loss(self, hidden: Tensor, batch: RossMicrobatch, *, skip: bool = False) -> Tensor:
+        """Summed cross entropy at supervised positions only: most positions of a sample carry no label.
+
+        `skip`: the loss has no weight, so no position is worth the work; the autograd graph is the same.
+        """
         rows = hidden.transpose(0, 1).flatten(0, 1)
         labels = batch.labels.flatten()
-        positions = (labels >= 0).nonzero().squeeze(1)
+        positions = labels.new_empty(0) if skip else (labels >= 0).nonzero().squeeze(1)
         breakdown = self.breakdown
         return lm_head_loss_sum(
             rows[positions],
