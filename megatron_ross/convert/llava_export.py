@@ -32,6 +32,7 @@ from megatron_ross.convert.llava_config import (
 from megatron_ross.convert.llava_tokenizer import add_image_token, write_tokenizer
 from megatron_ross.convert.model_card import model_card
 from megatron_ross.convert.sources import SOURCE_CONFIG, write_json
+from megatron_ross.convert.trained_template import check_trained_template
 from megatron_ross.data.conversation import END_TOKENS
 from megatron_ross.data.tokenizer import TextTokenizer
 
@@ -60,6 +61,7 @@ def export_llava(
         OSError: writing failed.
     """
     check_complete(reader)
+    check_trained_template(reader)
     manifest = reader.manifest
     export = TensorExport(reader, llava_mappings(manifest.model), dtype)
     tokenizer = AutoTokenizer.from_pretrained(reader.assets, local_files_only=True, trust_remote_code=False)
