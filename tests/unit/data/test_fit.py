@@ -146,9 +146,7 @@ def test_room_for_an_answer_is_exact(request, tmp_path, processor, template, nam
 def test_no_room_for_an_image_is_named_although_texts_fit(tmp_path, qwen, processor):
     records = [TEXT] * 9 + [PICTURE]
     check_room(_dataset(tmp_path, records[:9], qwen, processor, 200, num_image_tokens=729))
-    with pytest.raises(
-        ValueError, match=r"seq_length=200: has no room for an image and the text before it.* 760 tok"
-    ):
+    with pytest.raises(ValueError, match=r"seq_length=200: has no room for an image and the text before it.* 760 tok"):
         check_room(_dataset(tmp_path, records, qwen, processor, 200, num_image_tokens=729))
 
 
