@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ross.config.limits import LIMITS
 from tests.helpers.distributed import run_ranks
 from tests.helpers.toy_run import curve, train, two_stage_settings, with_trainer
 
@@ -92,3 +93,20 @@ def test_a_validation_without_anything_to_measure_stops(settings: dict[str, Any]
     errors = run_ranks(train, 2, flat)
     assert "validation has nothing to measure: its 29 held-out samples" in errors[0]
     assert errors[0] == errors[1]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, TP2], ids=["pp2", "tp2"])
+def test_the_largest_seed_trains(layout: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Orders, Megatron's random states, timesteps, noise, validation and a resume take it."""
+    seed = int(LIMITS["seed"].high)
+    grouped = {
+        "group_by_modality_length": True,
+        "valid_split": 0.2,
+        "eval_interval": 1,
+        "unfreeze_mm_vision_tower": True,
+    }
+    flat = settings | layout | grouped | {"train_iters": 2}
+    assert run_ranks(train, 2, flat | {"seed": seed}) == ["", ""]
+    ours, others = (run_ranks(curve, 2, flat | {"seed": s}, 1)[1]["losses"] for s in (seed, seed - 2**40))
+    assert ours != others
