@@ -41,5 +41,5 @@ def wait_for_other_ranks(benchmark: str, failure: str, patience_s: float = PATIE
     except RuntimeError as error:
         raise RanksApart(
             f"rank {dist.get_rank()} failed in {benchmark.rpartition(' ')[0]} ({failure}) while other ranks wait for "
-            "its answers; the same command (or torchrun --max-restarts) asks for what is left, this benchmark last"
+            "its answers; the same command asks for what is left, this benchmark last"
         ) from error
