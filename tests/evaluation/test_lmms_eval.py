@@ -251,7 +251,7 @@ def test_failures_end_with_status_1_and_one_line(
 def test_a_task_that_crashes_costs_only_itself_on_one_and_two_ranks(
     stored: Stored, local: Local, tmp_path: Path
 ) -> None:
-    """On one rank, whatever fails. With two, toy_crash fails on both, and toy_missing on the first while the second waits
+    """With two, toy_crash fails on both, and toy_missing on the first while the second waits
     for it: the call ends, and the same command asks for what is left, with the tasks that failed last."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "ACCELERATE_USE_CPU": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
