@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ def vlmevalkit() -> Path:
     if not source:
         pytest.skip("VLMEVALKIT names no clone of VLMEvalKit")
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except ImportError:
         pytest.skip("VLMEvalKit needs torchvision, which is not installed here")
     except RuntimeError as error:  # one that was built for another torch
