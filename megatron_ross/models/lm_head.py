@@ -2,8 +2,8 @@
 
 Up to `chunk_tokens` positions, logits are kept for the backward pass. Beyond, they are made chunk by chunk, reduced to
 one log-sum-exp and one target logit per position, and made again in the backward pass: no more than one chunk of
-logits ever exists. The backward pass takes all positions and as many rows of the vocabulary as make no more logits: each
-row of the weight's gradient is then one product, summed in fp32 and rounded to bf16 once, not once per chunk.
+logits ever exists. The backward pass takes all positions and as many rows of the vocabulary as make no more logits: the
+weight's gradient is then summed in fp32 within one product per block, and rounded to bf16 once, not once per chunk.
 
 Shape legend: n supervised positions, c positions of a chunk, h hidden size, v this rank's rows of the vocabulary, b of
 them in a block.
@@ -113,10 +113,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for block in _chunks(weight.shape[0], block_size):
             grad_logits = _logits_gradient(rows, weight, block, labels, log_normaliser, ctx.shard, grad)
             if grad_rows is not None:
-                grad_rows += torch.mm(grad_logits, weight[block])
+                grad_rows += _fp32_product(grad_logits, weight[block])
             if grad_weight is not None:
                 torch.mm(grad_logits.t(), rows, out=grad_weight[block])
         return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, None, None, None, None
+
+
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, whatever the dtype of the two: parts of a sum must not be rounded to bf16 one by one."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+    return torch.mm(a.float(), b.float())
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:
