@@ -141,7 +141,7 @@ def _matches(pattern: str, text: str) -> bool:
 TOWER_MISTAKES: dict[str, tuple[Edit, str]] = {
     "another resolution": (
         _edit_config(image_size=70),
-        r"position_embedding\.weight is \[16, 48\].*expected \[25, 48\]",
+        r"preprocessor_config\.json: size is .*56.*, but the tower takes 70 x 70",
     ),
     "another width": (_edit_config(hidden_size=64), r"wrong shape: .*expected \[64, 3, 14, 14\]"),
     "NaFlex": (_edit_config(model_type="siglip2_vision_model"), r"model_type is 'siglip2_vision_model'"),
@@ -192,7 +192,7 @@ def _projector_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 COMPOSITE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "tower outside": (_edit_config(mm_vision_tower="../vision_siglip"), r"tower '\.\./vision_siglip' is unknown"),
-    "tower elsewhere": (_edit_config(mm_vision_tower="/etc"), r"tower '/etc' is unknown: give .*--vision-tower"),
+    "tower elsewhere": (_edit_config(mm_vision_tower="/etc"), r"tower '/etc' is unknown, .*: give .*--vision-tower"),
     "widths do not meet": (_edit_config(mm_hidden_size=1152), r"mm_hidden_size is 1152, but the parts make it 48"),
     "target size": (_edit_config(decode_image_size=432), r"decode_image_size is 432, but the parts make it 64"),
     "anyres": (_edit_config(image_aspect_ratio="anyres"), r"image_aspect_ratio is 'anyres'"),

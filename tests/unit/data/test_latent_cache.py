@@ -23,6 +23,7 @@ CHANGES: dict[str, Any] = {
     "image_mean": (0.4, 0.5, 0.5),
     "image_std": (0.4, 0.5, 0.5),
     "moments_shape": (2, 4, 6, 6),
+    "resample": "bilinear",
 }
 
 
