@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_ross.convert.component_config import image_statistics, language_co
 from megatron_ross.convert.hf_io import TensorInfo, WeightFolder
 from megatron_ross.convert.known_components import FLUX_VAE, IMAGE_STATISTICS, KNOWN_TOWERS
 from megatron_ross.convert.layouts import ROSS_PREFIXES
-from megatron_ross.convert.preprocessor import preprocessed, stored_preprocessor
+from megatron_ross.convert.preprocessor import preprocessed, stored_preprocessor, with_processing
 from megatron_ross.convert.read_off import described, known_tower, known_vae, shapes_below, tower_sizes, vae_sizes
 from megatron_ross.convert.vae_source import read_vae_config
 
@@ -164,15 +163,11 @@ def _tower(fields: Fields, stored: _Stored, vision_dir: Path | None) -> VisionCo
     preprocessor = stored_preprocessor(stored.directory) or (stored_preprocessor(vision_dir) if vision_dir else None)
     mean, std = _statistics(fields, preprocessor, values)
     vision = vision_config(values, where, mean, std, select_layer, ratio)
-    if preprocessor is not None:
-        vision = preprocessed(vision, *preprocessor)
-    return replace(
-        vision,
-        resample=fields.choice("image_resample", RESAMPLE_FILTERS, vision.resample),
-        do_center_crop=fields.boolean("image_do_center_crop")
-        if fields.has("image_do_center_crop")
-        else vision.do_center_crop,
-    )
+    if fields.has("image_resample"):  # our exports, where the processor's file does not tell
+        return with_processing(
+            vision, fields.choice("image_resample", RESAMPLE_FILTERS), fields.boolean("image_do_center_crop")
+        )
+    return preprocessed(vision, *preprocessor) if preprocessor is not None else vision
 
 
 def _tower_values(fields: Fields, stored: _Stored, vision_dir: Path | None) -> tuple[dict[str, Any], str]:

@@ -46,9 +46,13 @@ def preprocessed(vision: VisionConfig, preprocessor: dict[str, Any], where: str)
         raise ValueError(f"{where}: rescale_factor is {shown(preprocessor['rescale_factor'])}, it must be 1/255")
     number = fields.choice("resample", tuple(PILLOW_FILTERS.values()), PILLOW_FILTERS["bicubic"])
     resample = next(name for name, known in PILLOW_FILTERS.items() if known == number)
-    crops = _crops(fields, vision)
-    family_crops = replace(vision, do_center_crop=None).crops
-    return replace(vision, resample=resample, do_center_crop=None if crops == family_crops else crops)
+    return with_processing(vision, resample, _crops(fields, vision))
+
+
+def with_processing(vision: VisionConfig, resample: str, crops: bool) -> VisionConfig:
+    """The tower with another filter and crop, written as manifests hold them."""
+    plain = replace(vision, resample=resample, do_center_crop=None)
+    return plain if plain.crops == crops else replace(plain, do_center_crop=crops)
 
 
 def _crops(fields: Fields, vision: VisionConfig) -> bool:

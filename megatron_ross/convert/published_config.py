@@ -16,6 +16,7 @@ from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig, VisionConfig
 from megatron_ross.convert.composite_config import PUBLISHED_SIGLIP_LAYER, has_denoiser
+from megatron_ross.convert.preprocessor import preprocessed, stored_preprocessor
 from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}
@@ -42,7 +43,7 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
         config = text | language_fields(model.language) | _published_fields(manifest, names)
         if config.get("pad_token_id") is None and (assets / GENERATION_FILES[0]).is_file():
             config["pad_token_id"] = read_json(assets / GENERATION_FILES[0]).get("pad_token_id")
-    config |= _vision_fields(model.vision)
+    config |= _vision_fields(model.vision, assets)
     if model.denoiser is not None and model.vae is not None:
         if not has_denoiser(config):
             config |= _denoiser_fields(model, names)
@@ -57,16 +58,30 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
     return {name: value for name, value in config.items() if name not in _OUR_VISION_FIELDS or value is not None}
 
 
-def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
+def _vision_fields(vision: VisionConfig, assets: Path) -> dict[str, Any]:
     """What training may have changed, and what the published format has no field for; None where there is no need."""
     fixed = vision.model_type == "siglip_vision_model" and vision.select_layer != PUBLISHED_SIGLIP_LAYER
+    said = _usual_processing(vision) and _file_agrees(vision, assets)
     return {
         "vision_config": vision.hf_config,
         "image_aspect_ratio": vision.image_aspect_ratio,
         "vision_feature_layer": vision.select_layer if fixed else None,
-        "image_resample": vision.resample if vision.resample != VisionConfig.resample else None,
-        "image_do_center_crop": vision.do_center_crop,
+        "image_resample": None if said else vision.resample,
+        "image_do_center_crop": None if said else vision.crops,
     }
+
+
+def _usual_processing(vision: VisionConfig) -> bool:
+    return (vision.resample, vision.do_center_crop) == (VisionConfig.resample, VisionConfig.do_center_crop)
+
+
+def _file_agrees(vision: VisionConfig, assets: Path) -> bool:
+    """False where the tower's own file, which earlier versions did not heed, says something else than the manifest."""
+    stored = stored_preprocessor(assets)
+    try:
+        return stored is None or preprocessed(vision, *stored) == vision
+    except ValueError:
+        return False
 
 
 def language_fields(language: LanguageModelConfig) -> dict[str, Any]:

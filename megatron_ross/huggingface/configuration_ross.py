@@ -83,7 +83,7 @@ class RossFields:
         self.image_mean = list(model.vision.image_mean)
         self.image_std = list(model.vision.image_std)
         self.mm_vision_select_layer = self.vision_feature_layer = model.vision.select_layer
-        self.image_resample, self.image_do_center_crop = model.vision.resample, model.vision.do_center_crop
+        self.image_resample, self.image_do_center_crop = model.vision.resample, model.vision.crops
         self.image_aspect_ratio = model.vision.image_aspect_ratio
         self.mm_projector_type = model.projector.type
         if model.denoiser is not None and model.vae is not None:
