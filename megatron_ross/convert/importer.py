@@ -100,9 +100,7 @@ def plan_components(
     Raises:
         ValueError: anything about a source is wrong; the message names the file.
     """
-    llm_dir, tower_dir = resolve_source(llm), resolve_source(vision_tower)
-    for directory in (llm_dir, tower_dir):
-        check_supported(directory)
+    llm_dir, tower_dir = _supported_source(llm), _supported_source(vision_tower)
     vae_dir = resolve_vae(vae) if vae is not None else None
     if vae_dir is None and mm_inv_projector is not None:
         raise ValueError("--mm-inv-projector needs --vae: a denoiser works on the latents of an auto-encoder")
@@ -146,8 +144,7 @@ def plan_checkpoint(
     Raises:
         ValueError: anything about a source is wrong; the message names the file.
     """
-    directory = resolve_source(checkpoint)
-    check_supported(directory)
+    directory = _supported_source(checkpoint)
     config = read_json(directory / "config.json")
     adds_denoiser = vae is not None and not has_denoiser(config)
     if not adds_denoiser and any(value is not None for value in (denoiser_type, denoiser_width, mm_inv_projector)):
@@ -235,6 +232,12 @@ def load_adapter(path: Path, part: str) -> dict[str, torch.Tensor]:
     if foreign or not tensors:
         raise ValueError(f"{path} should hold {part}* tensors, found {', '.join(foreign[:5]) or 'none'}")
     return {name.split(part, 1)[1]: tensor for name, tensor in tensors.items()}
+
+
+def _supported_source(name: str) -> Path:
+    """As `resolve_source`, but adapters and quantised models are refused before their weights are fetched."""
+    check_supported(resolve_source(name, weights=False))
+    return resolve_source(name)
 
 
 def _add_folders(

@@ -13,6 +13,9 @@ from megatron_ross.convert.composite_config import is_original_llava
 from megatron_ross.convert.unsupported import check_supported
 
 _WANTED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+_CONFIG_FILES = ["config.json", "adapter_config.json"]
+"""Fetched first: they tell whether the weights can be used at all."""
+
 _DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -30,6 +33,7 @@ def local_folder(name_or_path: str | Path, **options: Any) -> Path:
         return _loadable(Path(name_or_path))
     chosen = {key: options[key] for key in _DOWNLOAD_OPTIONS if options.get(key) is not None}
     try:
+        _loadable(Path(snapshot_download(str(name_or_path), allow_patterns=_CONFIG_FILES, **chosen)))
         folder = Path(snapshot_download(str(name_or_path), allow_patterns=_WANTED_FILES, **chosen))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
