@@ -163,6 +163,8 @@ def plan_checkpoint(
     check_tokenizer(directory, model.language.vocab_size)
     plan = ImportPlan(model, directory / "config.json")
     plan.notes += _layer_notes(config, model)
+    if vision_tower is not None and is_stock_llava(config):
+        plan.notes.append(f"{source_name(checkpoint)} has its own vision tower: --vision-tower is not used")
     _add_whole(plan, checkpoint, folder, without_tower)
     if without_tower and tower_dir is not None:
         _add_tower(plan, str(vision_tower), tower_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
+from megatron_ross.convert.hf_io import WeightFolder
 
 _LORA = "merge it into its base model first (peft: merge_and_unload(), then save_pretrained())"
 _QUANTISED = "quantised weights are not read: give the original checkpoint in bfloat16, float16 or float32"
@@ -60,6 +61,18 @@ def recognised(names: Iterable[str]) -> str | None:
         if found is not None:
             return f"its tensors ({found}, ...) {kind}"
     return None
+
+
+def readable_weights(directory: Path) -> WeightFolder:
+    """The tensors of a folder.
+
+    Raises:
+        ValueError: files are damaged or missing, or the names are those of an adapter, a quantised or a wrapped model.
+    """
+    folder = WeightFolder(directory)
+    if (kind := recognised(folder.tensors)) is not None:
+        raise ValueError(f"{directory}: {kind}")
+    return folder
 
 
 def _weights(directory: Path) -> list[Path]:

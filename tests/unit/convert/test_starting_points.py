@@ -199,6 +199,27 @@ def test_tools_name_the_converter_before_anything_is_built(load: Any, model_type
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("format_", ["ross", "llava"])
+def test_adapters_and_quantised_models_are_named_before_anything_is_built(format_: str, tmp_path: Path) -> None:
+    folder = _export(_llava(tmp_path), tmp_path / "out", format_)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="unmerged PEFT model: merge it into its base model first"):
+        load_for_inference(str(folder))
+    _edit(folder, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match=r"quantization_config \(method 'awq'\): quantised weights are not read"):
+        load_for_inference(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a LoRA adapter \(adapter_config.json\)"):
+        load_for_inference(str(folder))
+
+
+def test_a_tower_that_is_not_needed_is_said_to_be(tmp_path: Path) -> None:
+    llava = _export(_llava(tmp_path), tmp_path / "llava", "llava")
+    plan = plan_checkpoint(str(llava), vision_tower=str(tmp_path / "tower"))
+    assert plan.notes == ["llava has its own vision tower: --vision-tower is not used"]
+
+
 @pytest.mark.parametrize(("tower", "layer"), [("siglip", -1), ("siglip", 2), ("clip", -1), ("clip", -4)])
 def test_another_tower_layer_survives_every_round_trip(tower: str, layer: int, tmp_path: Path) -> None:
     llava = _export(_llava(tmp_path, tower), tmp_path / "llava", "llava")
