@@ -33,7 +33,10 @@ class OriginalWeights(WeightFolder):
             (int(m[1]) for name in stored if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1
         )
         if not num_blocks:
-            raise ValueError(f"{path} holds no auto-encoder: expected decoder.up.* as in FLUX's {ORIGINAL_FILE}")
+            raise ValueError(
+                f"{path} holds no auto-encoder in FLUX's own format ({ORIGINAL_FILE}: decoder.up.*); "
+                "weights of diffusers are given as their folder"
+            )
         self.directory, self.files = path.parent, [file]
         self._stored = {diffusers_name(name, num_blocks): name for name in stored}
         self.tensors: dict[str, TensorInfo] = {}
