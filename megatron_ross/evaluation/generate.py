@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from megatron_ross.config.json_files import read_json
-from megatron_ross.convert.hf_io import WeightFolder
+from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.data.images import decode_image
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
 from megatron_ross.huggingface.chat_templates import chat_template
@@ -175,7 +175,7 @@ def load_for_inference(
 
 def _load_llava(folder: Path, dtype: Any, template: str | None) -> tuple[Any, Any]:
     """Stock LLaVA, complete."""
-    WeightFolder(folder)  # refuses damaged or missing files, by name
+    readable_weights(folder)  # refuses damaged or missing files, by name
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = sorted(info.get("missing_keys") or ())
     if missing:
