@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import IMAGE_TOKEN_ID
+from megatron_ross.convert.inference_files import portable_settings
 from megatron_ross.convert.llava_config import IMAGE_TOKEN
 from megatron_ross.convert.sources import write_json
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -49,15 +50,16 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, trainin
         ValueError: neither form gives training's ids.
     """
     tokenizer.save_pretrained(directory)
-    settings = read_json(directory / "tokenizer_config.json")
-    write_json(directory / "tokenizer_config.json", settings | {"processor_class": "LlavaProcessor"})
+    settings = portable_settings(read_json(directory / "tokenizer_config.json"), tokenizer)
+    settings["processor_class"] = "LlavaProcessor"
+    write_json(directory / "tokenizer_config.json", settings)
     if _agrees(directory, tokenizer, training):
         return
     rules = read_json(directory / "tokenizer.json")
     text = json.dumps(_with_blank_rule(rules), indent=2, ensure_ascii=False)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     # The generic class takes tokenizer.json as it is; LlamaTokenizer would build its own rules from the vocabulary.
-    settings |= {"processor_class": "LlavaProcessor", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("legacy", None)
     write_json(directory / "tokenizer_config.json", settings)
     if not _agrees(directory, tokenizer, training):
