@@ -32,7 +32,12 @@ from megatron_ross.convert.llava_config import (
     llava_config,
     processor_config,
 )
-from megatron_ross.convert.llava_tokenizer import add_image_token, write_tokenizer
+from megatron_ross.convert.llava_tokenizer import (
+    SERVING_TEMPLATE,
+    add_image_token,
+    write_serving_template,
+    write_tokenizer,
+)
 from megatron_ross.convert.model_card import model_card
 from megatron_ross.convert.sources import write_json
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -77,10 +82,13 @@ def export_llava(
             directory / "config.json", llava_config(manifest, token_ids, image_token_id, language_dtype(reader, dtype))
         )
         write_tokenizer(directory, tokenizer, training_ids)
+        has_serving_template = write_serving_template(directory)
         write_json(directory / "generation_config.json", generation_config(token_ids, image_token_id))
         write_json(directory / "preprocessor_config.json", image_processor_config(manifest.model))
         write_json(directory / "processor_config.json", processor_config(manifest.model))
-        (directory / "README.md").write_text(model_card(reader, "llava", _notes(image_token_id, extra_rows)), "utf-8")
+        serving_template = SERVING_TEMPLATE if has_serving_template else None
+        card = model_card(reader, "llava", _notes(image_token_id, extra_rows), serving_template)
+        (directory / "README.md").write_text(card, "utf-8")
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing safetensors") as bar:
             data = _extended_data(export.data(), extra_rows, token_ids["pad_token_id"])
             write_safetensors(directory, tensors, with_progress(data, bar), max_shard_bytes)
