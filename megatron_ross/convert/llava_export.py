@@ -52,7 +52,7 @@ def export_llava(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that transformers, vLLM and SGLang load as LLaVA.
+    """Write a folder that transformers and vLLM load as LLaVA.
 
     Args:
         reader: the checkpoint.

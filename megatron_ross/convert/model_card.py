@@ -13,8 +13,8 @@ from megatron_ross.convert.layouts import part_of
 _FORMATS = {
     "ross": "All parts, in the format of the published Ross checkpoints (the published code and its forks load it).",
     "llava": (
-        "Vision tower, projector and language model as `LlavaForConditionalGeneration`: transformers, vLLM and SGLang "
-        "load it without further code."
+        "Vision tower, projector and language model as `LlavaForConditionalGeneration`, which transformers and vLLM load "
+        "without further code."
     ),
     "adapters": "Projector and denoiser only, as the first training stage of the published code writes them.",
 }
