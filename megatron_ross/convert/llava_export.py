@@ -27,6 +27,8 @@ from megatron_ross.convert.inference_files import (
 from megatron_ross.convert.layouts import llava_mappings
 from megatron_ross.convert.llava_config import (
     IMAGE_TOKEN,
+    PILLOW_FILE,
+    PILLOW_PROCESSOR,
     generation_config,
     image_processor_config,
     llava_config,
@@ -85,6 +87,7 @@ def export_llava(
         has_serving_template = write_serving_template(directory)
         write_json(directory / "generation_config.json", generation_config(token_ids, image_token_id))
         write_json(directory / "preprocessor_config.json", image_processor_config(manifest.model))
+        (directory / PILLOW_FILE).write_text(PILLOW_PROCESSOR, "utf-8")
         write_json(directory / "processor_config.json", processor_config(manifest.model))
         serving_template = SERVING_TEMPLATE if has_serving_template else None
         card = model_card(reader, "llava", _notes(image_token_id, extra_rows), serving_template)

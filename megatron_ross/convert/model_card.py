@@ -1,4 +1,4 @@
-"""README.md of an exported folder: how to ask and serve the model, what it is made of and how it was trained, whose terms
+"""README.md of an exported folder: how to ask and serve the model, what it is made of, how it was trained, whose terms
 apply, and what this format cannot hold."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from megatron_ross.convert.layouts import part_of
 _FORMATS = {
     "ross": "All parts, in the format of the published Ross checkpoints (the published code and its forks load it).",
     "llava": (
-        "Vision tower, projector and language model as `LlavaForConditionalGeneration`, which transformers and vLLM load "
-        "without further code."
+        "Vision tower, projector and language model as `LlavaForConditionalGeneration`, which transformers and vLLM "
+        "load without further code."
     ),
     "adapters": "Projector and denoiser only, as the first training stage of the published code writes them.",
 }

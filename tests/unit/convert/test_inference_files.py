@@ -274,6 +274,17 @@ def test_pictures_in_a_conversation(
         assert answer[0]["generated_text"].strip() == expected
 
 
+def test_an_export_in_the_other_format_names_no_file_that_is_not_there(
+    exports: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    import_checkpoint(tmp_path / "in", checkpoint=str(exports("qwen2_siglip")["llava"]))
+    export_checkpoint(tmp_path / "in", tmp_path / "ross", "ross", templates=chat_template)
+    for file in (tmp_path / "ross").glob("*.json"):
+        for reference in json.loads(file.read_text()).get("auto_map", {}).values():
+            assert (tmp_path / "ross" / f"{reference.split('.')[0]}.py").is_file(), (file.name, reference)
+    assert type(AutoProcessor.from_pretrained(tmp_path / "ross")) is RossProcessor
+
+
 def asked(question: str, source: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": question}]}]
 
@@ -409,3 +420,64 @@ def test_a_server_that_adds_no_begin_token_gets_a_template_with_it(
     )
     assert tokenizer(served, add_special_tokens=False).input_ids == tokenizer(text).input_ids
     assert not (exports("qwen2_siglip")["llava"] / "chat_template_with_begin_token.jinja").exists()
+
+
+def llama3_like(golden_dir: Path, folder: Path) -> Path:
+    """The golden Llama weights with a byte-level tokenizer that adds a begin token and has no padding token."""
+    shutil.copytree(golden_dir / "llm_vicuna", folder, ignore=shutil.ignore_patterns("tok*", "special*"))
+    text = (golden_dir / "llm_qwen2" / "tokenizer.json").read_text()
+    for old, new in (
+        ("<|endoftext|>", "<|begin_of_text|>"),
+        ("<|im_start|>", "<|end_of_text|>"),
+        ("<|im_end|>", "<|eot_id|>"),
+    ):
+        text = text.replace(old, new)
+    begin = "<|begin_of_text|>"
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {begin: {"id": begin, "ids": [END_OF_TEXT], "tokens": [begin]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(text) | {"post_processor": processor}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": "<|end_of_text|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": 574, "pad_token_id": None}
+    edit(folder / "config.json", **ids)
+    edit(folder / "generation_config.json", **ids)
+    return folder
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_llama3_like_base_model(format: str, golden_dir: Path, tmp_path: Path) -> None:
+    """Ends at <|end_of_text|>, trained to end at <|eot_id|>; a begin token in front; nothing to pad with."""
+    folder = export(llama3_like(golden_dir, tmp_path / "llm"), golden_dir, tmp_path, format)
+    stored = json.loads((folder / "generation_config.json").read_text())
+    assert (stored["eos_token_id"], stored["pad_token_id"]) == ([END, 574], END)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token_id) == (
+        "<|eot_id|>",
+        "<|eot_id|>",
+        END_OF_TEXT,
+    )
+    assert tokenizer.chat_template == chat_template("llama3")
+    assert _new_tokens(folder) == [END]
+    text = tokenizer.apply_chat_template(asked("What is it?", {}), add_generation_prompt=True, tokenize=False)
+    assert tokenizer(text).input_ids[:2].count(END_OF_TEXT) == 1
+    if format == "llava":
+        served = tokenizer.apply_chat_template(
+            asked("What is it?", {}),
+            chat_template=(folder / "chat_template_with_begin_token.jinja").read_text(),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        assert tokenizer(served, add_special_tokens=False).input_ids == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_both_kinds_of_sentencepiece_get_a_serving_template(legacy: bool, golden_dir: Path, tmp_path: Path) -> None:
+    llm = shutil.copytree(golden_dir / "llm_vicuna", tmp_path / "llm")
+    edit(llm / "tokenizer_config.json", legacy=legacy)
+    (llm / "tokenizer.json").unlink()
+    folder = export(llm, golden_dir, tmp_path, "llava")
+    assert (folder / "chat_template_with_begin_token.jinja").is_file()
