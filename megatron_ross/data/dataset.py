@@ -198,8 +198,8 @@ class RossDataset:
     @property
     def fingerprint(self) -> str:
         """Names everything the token ids depend on: records, tokenizer, template and settings."""
-        settings = (self._template, self._num_image_tokens, self.max_length, self._reference)
-        settings += () if self.supervise else ("unsupervised",)
+        settings = [self._template, self._num_image_tokens, self.max_length, self._reference]
+        settings += [] if self.supervise else ["unsupervised"]
         return " ".join([self.records_fingerprint, self._tokenizer.fingerprint, *map(str, settings)])
 
     @property

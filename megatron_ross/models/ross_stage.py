@@ -119,8 +119,7 @@ class RossStage(MegatronModule):
         self.groups = groups
         self.is_last = is_last
         self.vp_stage = vp_stage
-        self.lm_head_chunk_tokens = lm_head_chunk_tokens
-        self.supervises_text = loss.supervises_text
+        self.lm_head_chunk_tokens, self.supervises_text = lm_head_chunk_tokens, loss.supervises_text
         self.input_tensor: Tensor | None = None
         self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())

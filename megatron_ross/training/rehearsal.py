@@ -52,7 +52,7 @@ class _Guards:
         self._is_bad = _mask(survey.skipped, len(survey.num_tokens))
         self._is_mismatch = _mask(survey.found.get("mismatch", []), len(survey.num_tokens))
         self._supervised = np.array(survey.num_supervised, dtype=np.int64)
-        self._images = np.array(survey.num_images)
+        self._images = np.where(self._is_bad, 0, survey.num_images)
         self._quarantine = Quarantine(bad_sample_limits(run, order))
         for kind in (*SKIPPED, "mismatch"):
             self._quarantine.examples += [f"{kind}: {example}" for example in survey.examples.get(kind, [])]

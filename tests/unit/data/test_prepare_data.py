@@ -203,6 +203,11 @@ STOPS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "text alone in stage 1": ([TEXT] * 10, FROZEN, "gradient norm of exactly 0"),
     "an epoch of masked answers": ([MASKED] * 10, {"max_mismatch_share": 1.0}, "no supervised token"),
     "text alone without a language loss": ([TEXT] * 10, {"lm_loss_weight": 0}, "no image to reconstruct"),
+    "broken pictures without a language loss": (
+        [BROKEN] * 10,
+        {"lm_loss_weight": 0, "max_bad_sample_share": 1.0},
+        "no image to reconstruct",
+    ),
     "a long run of text among pictures": (
         [PICTURE, *[TEXT] * 200],
         FROZEN | {"global_batch_size": 1, "max_empty_steps": 50},

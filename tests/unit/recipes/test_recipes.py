@@ -244,7 +244,7 @@ def test_the_recipe_for_images_alone_trains_the_denoiser_and_fits(
 @pytest.mark.distributed
 def test_without_a_language_loss_stages_hold_what_the_planner_says() -> None:
     """The recipe, and the same with a language model that is trained, whose LM head is not."""
-    model = model_of(IMAGES)
+    model = model_of(EXAMPLES / "ross" / "finetune_siglip_qwen2.yaml")
     flat = load_images("8xh100").to_flat() | {"global_batch_size": 8, "micro_batch_size": 1}
     trained = flat | {"freeze_language_model": False, "pipeline_model_parallel_size": 4, "layout": "auto"}
     cases: list[Case] = [(RunConfig.from_flat(f), model, 8, rank) for f in (flat, trained) for rank in (0, 7)]
