@@ -47,6 +47,7 @@ class VisionConfig:
     image_std: tuple[float, float, float]
     select_layer: int = -2
     image_aspect_ratio: str = "pad"  # "pad" or "square"
+    image_conversion: str = "published"  # or "viewer", see DataConfig.image_conversion; older checkpoints do not say
 
     @property
     def model_type(self) -> str:
@@ -74,9 +75,13 @@ class VisionConfig:
     def num_image_tokens(self) -> int:
         return self.grid_size**2
 
-    def shown(self, image_aspect_ratio: str | None) -> VisionConfig:
-        """The tower with images that become square in another way; None: as they do already."""
-        return dataclasses.replace(self, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio)
+    def shown(self, image_aspect_ratio: str | None, image_conversion: str | None) -> VisionConfig:
+        """The tower with images that become square and RGB in another way; None: as they do already."""
+        return dataclasses.replace(
+            self,
+            image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio,
+            image_conversion=image_conversion or self.image_conversion,
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class RossModelConfig:
     @property
     def same_tensors(self) -> RossModelConfig:
         """The model without what a run may set: equal for checkpoints whose tensors fit each other."""
-        vision = self.vision.shown("pad")
+        vision = self.vision.shown("pad", "published")
         denoiser = dataclasses.replace(self.denoiser, objective="denoise") if self.denoiser else None
         return dataclasses.replace(self, vision=vision, denoiser=denoiser)
 

@@ -123,6 +123,8 @@ def _check_vision(vision: VisionConfig) -> None:
     _integer("vision.select_layer", vision.select_layer, -MAX_LAYERS, MAX_LAYERS)
     if vision.image_aspect_ratio not in ("pad", "square"):
         raise _wrong("vision.image_aspect_ratio", vision.image_aspect_ratio, "'pad' or 'square'")
+    if vision.image_conversion not in ("viewer", "published"):
+        raise _wrong("vision.image_conversion", vision.image_conversion, "'viewer' or 'published'")
 
 
 def _check_projector(projector: ProjectorConfig) -> None:

@@ -125,7 +125,11 @@ def _tower(fields: Fields, checkpoint_dir: Path, vision_dir: Path | None) -> Vis
         select_layer = -2  # as published: fixed for SigLIP, whatever the config says
     ratio = fields.choice("image_aspect_ratio", ("pad", "square"), "square")
     mean, std = _statistics(fields, checkpoint_dir, vision_dir)
-    return vision_config(values, where, mean, std, select_layer, ratio)
+    return vision_config(values, where, mean, std, select_layer, ratio, _conversion(fields))
+
+
+def _conversion(fields: Fields) -> str:
+    return fields.choice("image_conversion", ("published", "viewer"), "published")
 
 
 def _statistics(
@@ -205,6 +209,7 @@ def _llava_config(fields: Fields, checkpoint_dir: Path) -> RossModelConfig:
         std,
         fields.integer("vision_feature_layer", -1024, 1024, -2),
         fields.choice("image_aspect_ratio", ("pad", "square"), default_ratio),
+        _conversion(fields),
     )
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
     fields.choice("vision_feature_select_strategy", (strategy,), "default")

@@ -3,7 +3,8 @@
 A checkpoint that came from a composite keeps its config unchanged. One that came from components gets the language
 model's fields plus those that the published code adds. Both get three fields of ours (`vision_config`, `vae_config`,
 `mm_inv_projector_width`), which the published code ignores and which make the folder self-contained. A denoiser that
-regresses latents says so in a fourth, `mm_inv_projector_objective`.
+regresses latents says so in a fourth, `mm_inv_projector_objective`, and a model that was not shown the published pixels
+in a fifth, `image_conversion`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.json_files import read_json
-from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig
+from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig, VisionConfig
 from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}
@@ -39,6 +40,9 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
             config["pad_token_id"] = read_json(assets / GENERATION_FILES[0]).get("pad_token_id")
     config["vision_config"] = model.vision.hf_config
     config["image_aspect_ratio"] = model.vision.image_aspect_ratio  # training may have changed it
+    config.pop("image_conversion", None)
+    if model.vision.image_conversion != VisionConfig.image_conversion:
+        config["image_conversion"] = model.vision.image_conversion
     if model.denoiser is not None and model.vae is not None:
         config["vae_config"] = model.vae.hf_config
         config["mm_inv_projector_width"] = model.denoiser.width

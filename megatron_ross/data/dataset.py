@@ -21,7 +21,7 @@ from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
-from megatron_ross.data.images import ImageProcessor, decode_image
+from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.records import Record, parse_record, word_count
 from megatron_ross.data.sources import PathLike, Source, open_sources
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -219,7 +219,7 @@ class RossDataset:
     def _load_pixels(self, index: int, number: int, name: str, where: str) -> Tensor:
         """float32 [3, P, P]. Raises ImageError."""
         try:
-            return self.image_processor(decode_image(self.read_image(index, number, name), name))
+            return self.image_processor(self.image_processor.decode(self.read_image(index, number, name), name))
         except ImageError as error:
             raise ImageError(f"{where}: {error}") from error
 

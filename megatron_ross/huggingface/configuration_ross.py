@@ -31,6 +31,7 @@ class RossFields:
     image_mean: list | tuple | None = None
     image_std: list | tuple | None = None
     image_aspect_ratio: str = "square"
+    image_conversion: str = "published"
     vision_config: dict | None = None
     vae_config: dict | None = None
 
@@ -52,6 +53,7 @@ class RossFields:
             image_std=tuple(self.image_std),
             select_layer=self.mm_vision_select_layer,
             image_aspect_ratio=self.image_aspect_ratio,
+            image_conversion=self.image_conversion,
         )
 
     @property
@@ -78,6 +80,7 @@ class RossFields:
         self.image_std = list(model.vision.image_std)
         self.mm_vision_select_layer = model.vision.select_layer
         self.image_aspect_ratio = model.vision.image_aspect_ratio
+        self.image_conversion = model.vision.image_conversion
         self.mm_projector_type = model.projector.type
         if model.denoiser is not None and model.vae is not None:
             self.mm_inv_projector_type = model.denoiser.type

@@ -54,7 +54,7 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             source.image_folder or None,
             tokenizer,
             run.data.template,
-            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio)),
+            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio, run.data.image_conversion)),
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
