@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class RossDataset:
             raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
         if max_length < 1 or num_image_tokens < 1:
             raise ValueError(f"max_length ({max_length}) and num_image_tokens ({num_image_tokens}) must be positive")
+        self.name = ", ".join(map(str, [json_path] if isinstance(json_path, str | os.PathLike) else json_path))
+        """The files of its records, for messages."""
         self._image_root = image_root
         self._sources = open_sources(json_path, image_root, cache_folder, allow_image_symlinks)
         self._ends = list(itertools.accumulate(len(source) for source in self._sources))
@@ -214,6 +217,7 @@ class RossDataset:
             load_pixels=functools.partial(self._load_pixels, index, number, name, record.where),
             read_bytes=functools.partial(self.read_image, index, number, name),
             name=f"{record.where}: image {name!r}",
+            stamp=functools.partial(self._image_stamp, index, number, name),
         )
 
     def _load_pixels(self, index: int, number: int, name: str, where: str) -> Tensor:
@@ -227,6 +231,10 @@ class RossDataset:
         """The bytes of a sample's image `number`, called `name`. Raises ImageError."""
         source, local = self._locate(index)
         return source.read_image(local, number, name)
+
+    def _image_stamp(self, index: int, number: int, name: str) -> str:
+        source, local = self._locate(index)
+        return source.image_stamp(local, number, name)
 
 
 class ConcatDataset:

@@ -1,8 +1,8 @@
 """Image files -> the vision tower's pixels, as published, with Pillow.
 
-Everything becomes RGB first (`rgb.py` says how). `pad` pastes the image into a square of its longer side in the mean colour. Then SigLIP's
-processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre. Resizing is bicubic on
-uint8; pixels are then (value / 255 - mean) / std.
+Everything becomes RGB first (`rgb.py` says how). `pad` pastes the image into a square of its longer side in the mean
+colour. Then SigLIP's processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre.
+Resizing is bicubic on uint8; pixels are then (value / 255 - mean) / std.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Trainer:
             verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
-        self.order = build_order(run, self.dataset)
+        self.order = build_order(run, self.dataset, beat=self.watchdog.beat)
         self.train_iters = num_iterations(run, self.order)
         start_user_buffers(run, manifest.model.language.hidden_size)
         self.stages = build_stages(manifest.model, run, layout, groups)

@@ -186,8 +186,15 @@ def test_a_turned_picture_stands_upright(kind: str, orientation: int) -> None:
     upright = np.zeros((48, 32, 3), dtype=np.uint8)
     upright[:8, :8] = 255  # the corner at the top left
     upright[24:, 16:, 2] = 200
-    back = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
-            6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}
+    back = {
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }
     stored = np.ascontiguousarray(back.get(orientation, lambda a: a)(upright))
     exif = Image.Exif()
     exif[274] = orientation

@@ -83,7 +83,7 @@ def test_follow_up_questions_see_the_history_and_all_images() -> None:
     generate = chat.model.generate
 
     class Spy:
-        device = chat.model.device
+        device, config = chat.model.device, chat.model.config
 
         def generate(self, **inputs: Any) -> Any:
             prompts.append(inputs)
