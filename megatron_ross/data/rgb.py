@@ -44,6 +44,7 @@ _TURNS = {
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"com.adobe.xmp")
 """Marks of the places where a PNG file may keep its orientation."""
 
+_STRIP_PIXELS = 1 << 22
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # TIFF tags
 
 
@@ -75,7 +76,7 @@ class Picture:
         """Mode RGB; `conversion` is one of CONVERSIONS. What `viewer` gives is not changed by converting it again."""
         if conversion == "published":
             return self._image.convert("RGB")
-        image = Image.fromarray(self._grey()) if self._is_deep else _without_alpha(self._image)
+        image = self._grey() if self._is_deep else _without_alpha(self._image)
         if self._opacity is not None:
             ground = Image.new("RGB", image.size, "white")
             ground.paste(image, mask=self._opacity)
@@ -98,15 +99,20 @@ class Picture:
         is_short = self._image.mode.startswith("I;16") and "S" not in self._image.mode
         return 65535 if is_short or (self._image.mode == "I" and self._image.format in ("PNG", "PPM")) else None
 
-    def _grey(self) -> np.ndarray:
-        """uint8 [h, w, 3] of a picture with more than 8 bits."""
+    def _grey(self) -> Image.Image:
+        """Mode RGB, of a picture with more than 8 bits; strip by strip, because the numbers on the way are wider."""
         values, full = np.asarray(self._image), self._full_scale
-        if full is not None:
-            grey = ((values.astype(np.uint32) * 255 + full // 2) // full).clip(0, 255).astype(np.uint8)
-        else:
-            grey = _stretched(values.view(np.uint32) if self._is_unsigned else values)
-        grey = 255 - grey if self._tag(_PHOTOMETRIC) == 0 else grey
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        values = values.view(np.uint32) if self._is_unsigned else values
+        height, width = values.shape
+        rows = max(1, _STRIP_PIXELS // width)
+        strips = [slice(first, first + rows) for first in range(0, height, rows)]
+        limits = (0.0, float(full)) if full is not None else _limits([values[strip] for strip in strips])
+        grey = np.empty((height, width), dtype=np.uint8)
+        for strip in strips:
+            grey[strip] = _scaled(values[strip], *limits)
+        if self._tag(_PHOTOMETRIC) == 0:
+            np.subtract(255, grey, out=grey)
+        return Image.fromarray(grey).convert("RGB")
 
     @property
     def _is_unsigned(self) -> bool:
@@ -146,7 +152,7 @@ def _opacity(image: Image.Image, raw_mode: str) -> Image.Image | None:
         is_key = _is_colour_key(image, raw_mode)
         if is_key is None:
             return None
-        alpha = Image.fromarray(np.where(is_key, 0, 255).astype(np.uint8))
+        alpha = Image.fromarray(np.where(is_key, np.uint8(0), np.uint8(255)))
     return None if alpha.getextrema()[0] == 255 else alpha
 
 
@@ -169,12 +175,19 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
-    """Numbers without a defined range -> uint8 of the same shape."""
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if low >= 0 and high <= 255:
-        low, high = 0.0, 1.0 if high <= 1 else 255.0
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+def _limits(strips: list[np.ndarray]) -> tuple[float, float]:
+    """Black and white of numbers without a defined range: 0 and 1, 0 and 255, or the smallest and the largest."""
+    low, high = np.inf, -np.inf
+    for strip in strips:
+        finite = strip[np.isfinite(strip)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if low > high:  # none is a number
+        return 0.0, 1.0
+    return (0.0, 1.0 if high <= 1 else 255.0) if low >= 0 and high <= 255 else (low, high)
+
+
+def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of the same shape."""
+    numbers = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return np.rint(((numbers - low) * (255 / ((high - low) or 1))).clip(0, 255)).astype(np.uint8)

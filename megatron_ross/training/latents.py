@@ -213,8 +213,13 @@ def cache_data_set(run: RunConfig, folder: Path, options: CachingOptions) -> Cac
             coverage = Coverage(dataset.name, run.data.seq_length)
             write_coverage(path, coverage)
             report = _cache_blocks(pool, number, len(dataset), options)
-            counts = {"num_images": report.num_images, "num_missing": report.broken, "missing": report.missing}
-            coverage = replace(coverage, is_finished=True, **counts)
+            coverage = replace(
+                coverage,
+                is_finished=True,
+                num_images=report.num_images,
+                num_missing=report.broken,
+                missing=report.missing,
+            )
             write_coverage(path, coverage)
             if coverage.is_beyond(run.data.max_bad_sample_share):
                 report.incomplete = [dataset.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
@@ -46,7 +47,8 @@ def start_of(run: RunConfig) -> Start:
 def with_image_conversion(run: RunConfig, start: Start | None) -> RunConfig:
     """The run with `image_conversion` decided: a run that resumes goes on as it was trained, a new one as a viewer."""
     trained = start.manifest.model.vision.image_conversion if start is not None and start.resumes else "viewer"
-    return replace(run, data=replace(run.data, image_conversion=run.data.image_conversion or trained))
+    chosen = cast(Literal["viewer", "published"], run.data.image_conversion or trained)
+    return replace(run, data=replace(run.data, image_conversion=chosen))
 
 
 def resumed_checkpoint(run: RunConfig) -> Path | None:

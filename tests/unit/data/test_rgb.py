@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_ross.data import rgb
 from megatron_ross.data.errors import ImageError
 from megatron_ross.data.images import ImageProcessor, decode_image, inspect_image, open_decodable
 from megatron_ross.data.rgb import CONVERSIONS, KINDS
@@ -84,6 +85,14 @@ def test_a_ramp_is_a_ramp_whatever_its_depth(name: str) -> None:
     assert picture.shape == (HEIGHT, WIDTH, 3)
     assert np.abs(picture.astype(int) - GREY[:, :, None]).max() <= 1
     assert kinds(data) == [kind]
+
+
+def test_large_pictures_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 of the largest picture that is allowed would take gigabytes."""
+    whole = {name: seen(data) for name, (data, _) in DEEP.items()}
+    monkeypatch.setattr(rgb, "_STRIP_PIXELS", 3 * WIDTH + 1)
+    for name, (data, _) in DEEP.items():
+        assert np.array_equal(seen(data), whole[name])
 
 
 def test_a_range_that_the_file_defines_is_not_stretched() -> None:
