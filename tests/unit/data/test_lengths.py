@@ -15,6 +15,7 @@ import pytest
 from megatron_ross.data import lengths
 from megatron_ross.data.errors import RecordError
 from megatron_ross.data.lengths import available_cores, modality_lengths, token_lengths
+from megatron_ross.text_files import replace_text
 from megatron_ross.training.watchdog import Watchdog
 
 
@@ -155,6 +156,43 @@ def test_a_worker_that_dies_is_one_line_and_the_rest_is_kept(tmp_path: Path, mon
     assert token_lengths(again, cache_folder=tmp_path, num_workers=2, beat=said.append).tolist() == EXPECTED
     assert said[0] == f"measuring samples, {kept + 10} of 1,000"
     assert again.measured == 0, "workers did it"
+
+
+def _measure_for_ever(folder: Path) -> None:
+    lengths._SPAWN_ABOVE, lengths._CHUNK = 0, 10
+
+    def note(_: str) -> None:
+        replace_text(folder / "workers", " ".join(str(child.pid) for child in multiprocessing.active_children()))
+
+    token_lengths(Samples(10**6, seconds=0.01), cache_folder=folder, num_workers=2, beat=note)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_workers_leave_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_measure_for_ever, args=(tmp_path,))
+    process.start()
+    try:
+        assert _wait_for((tmp_path / "workers").exists)
+        workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+        assert len(workers) == 2
+        assert all(map(_runs, workers))
+    finally:
+        process.kill()
+        process.join()
+    assert _wait_for(lambda: not any(map(_runs, workers)))
 
 
 def test_all_cores_that_may_be_used_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
