@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from megatron_ross.data.conversation import encode_conversation
 from megatron_ross.data.errors import ConversationError
-from megatron_ross.data.images import ImageProcessor, decode_image
+from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.order import grouped_indices
 from megatron_ross.data.records import parse_record
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -77,8 +77,8 @@ def check_images(fixture: Path) -> Iterator[Row]:
     def processed(name: str, tower: str, size: str, mode: str) -> tuple[ImageProcessor, np.ndarray]:
         settings = metadata["images"][f"{tower}_{size}"]
         mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
-        processor = ImageProcessor(mean, std, int(size), mode, "crop" if tower == "clip" else "stretch")
-        return processor, processor.to_uint8(decode_image((folder / "images" / name).read_bytes(), name))
+        processor = ImageProcessor(mean, std, int(size), mode, "crop" if tower == "clip" else "stretch", "published")
+        return processor, processor.to_uint8(processor.decode((folder / "images" / name).read_bytes(), name))
 
     def differs(pixels: np.ndarray, expected: np.ndarray) -> str | None:
         gap = np.abs(pixels.astype(int) - expected.astype(int))

@@ -27,6 +27,7 @@ from megatron_ross.config.cli import ConfigError, parse_run_config
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.known_models import known_model
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
+from megatron_ross.data.rgb import CONVERSIONS, KINDS
 from megatron_ross.data.shard_writer import write_shards
 from megatron_ross.data.survey import (
     SKIPPED,
@@ -38,7 +39,7 @@ from megatron_ross.data.survey import (
 )
 from megatron_ross.platform import quieten
 from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
-from megatron_ross.training.start import start_of
+from megatron_ross.training.start import start_of, with_image_conversion
 from megatron_ross.training.trainer import num_iterations
 
 EFFECTS = {
@@ -47,6 +48,14 @@ EFFECTS = {
     "images_cut": "images without room are dropped from reconstruction",
     "bad_image_cut": "broken, but behind the cut: never opened",
 }
+
+
+def effect_of(kind: str, conversion: str) -> str:
+    """What a finding means for training; nothing if it means nothing. `conversion`: see `rgb.CONVERSIONS`."""
+    if kind not in KINDS:
+        return EFFECTS.get(kind, "")
+    (way, how), (other, instead) = sorted(zip(CONVERSIONS, KINDS[kind], strict=True), key=lambda c: c[0] != conversion)
+    return f"image_conversion {way}: {how}; {other}: {instead}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def open_data(options: argparse.Namespace, run: RunConfig) -> TrainingSet:
     """The data set as training builds it. Raises ValueError."""
     if options.model and options.tokenizer:
+        run = with_image_conversion(run, None)
         return build_dataset(run, known_model(options.model).vision, Path(options.tokenizer))
     if not run.training.init_from and not run.training.load:
         raise ConfigError("init_from='': name a checkpoint to start from, or give both --model and --tokenizer")
     start = start_of(run)
     model = known_model(options.model) if options.model else start.manifest.model
+    run = with_image_conversion(run, start)
     return build_dataset(run, model.vision, Path(options.tokenizer or start.directory / ASSETS_NAME))
 
 
@@ -140,8 +151,8 @@ def print_report(whole: Survey, report: dict[str, Any], sources: Sequence[Source
     for source in sources:
         print(f"source {source.name}: {len(source.dataset):,} samples")
         for kind, count in source.survey.counts.items():
-            effect = f" ({EFFECTS[kind]})" if kind in EFFECTS else ""
-            print(f"  {kind}: {count:,} samples{effect}")
+            effect = effect_of(kind, source.dataset.image_processor.conversion)
+            print(f"  {kind}: {count:,} samples{f' ({effect})' if effect else ''}")
             for example in source.survey.examples[kind]:
                 print(f"      {example}")
     for kind, count in report["per_epoch"].items():

@@ -179,8 +179,12 @@ class DataConfig:
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """How an image becomes square: `pad` in the mean colour, or `square`, by the tower's own processor (CLIP's crops
     the centre, SigLIP's stretches). None is the checkpoint's; the run's checkpoints keep what it was trained with."""
+    image_conversion: Literal["viewer", "published"] | None = None
+    """How an image file becomes 8-bit RGB: as a viewer shows it (16-bit and float scaled, transparency on white, EXIF
+    orientation), or as `published`, which clips, drops and ignores these. None is `viewer`, but a run that resumes
+    goes on with what its checkpoint was trained with; the run's checkpoints keep it."""
     image_decoder: Literal["pillow", "dali"] = "pillow"
-    """`pillow` is exactly the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
+    """`pillow` resizes exactly as the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
     latent_cache: str = ""
     """Folder of VAE moments that tools/cache_latents.py wrote: training reads them and loads no VAE."""
     num_workers: int = 4

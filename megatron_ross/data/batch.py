@@ -23,6 +23,7 @@ class ImageSpan:
     reconstruct: bool = True  # False: the image is seen by the language model but not reconstructed
     read_bytes: Callable[[], bytes] | None = None  # the undecoded file, for decoders that do more than one at a time
     name: str = ""  # record and file, for messages
+    stamp: Callable[[], str] | None = None  # the state of the file, found without reading it: see `Source.image_stamp`
 
 
 @dataclass(frozen=True)

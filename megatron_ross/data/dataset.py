@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
-from megatron_ross.data.images import ImageProcessor, decode_image
+from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.records import Record, parse_record, word_count
 from megatron_ross.data.sources import PathLike, Source, open_sources
 from megatron_ross.data.tokenizer import TextTokenizer
@@ -73,6 +74,8 @@ class RossDataset:
             raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
         if max_length < 1 or num_image_tokens < 1:
             raise ValueError(f"max_length ({max_length}) and num_image_tokens ({num_image_tokens}) must be positive")
+        self.name = ", ".join(map(str, [json_path] if isinstance(json_path, str | os.PathLike) else json_path))
+        """The files of its records, for messages."""
         self._image_root = image_root
         self._sources = open_sources(json_path, image_root, cache_folder, allow_image_symlinks)
         self._ends = list(itertools.accumulate(len(source) for source in self._sources))
@@ -214,12 +217,13 @@ class RossDataset:
             load_pixels=functools.partial(self._load_pixels, index, number, name, record.where),
             read_bytes=functools.partial(self.read_image, index, number, name),
             name=f"{record.where}: image {name!r}",
+            stamp=functools.partial(self._image_stamp, index, number, name),
         )
 
     def _load_pixels(self, index: int, number: int, name: str, where: str) -> Tensor:
         """float32 [3, P, P]. Raises ImageError."""
         try:
-            return self.image_processor(decode_image(self.read_image(index, number, name), name))
+            return self.image_processor(self.image_processor.decode(self.read_image(index, number, name), name))
         except ImageError as error:
             raise ImageError(f"{where}: {error}") from error
 
@@ -227,6 +231,10 @@ class RossDataset:
         """The bytes of a sample's image `number`, called `name`. Raises ImageError."""
         source, local = self._locate(index)
         return source.read_image(local, number, name)
+
+    def _image_stamp(self, index: int, number: int, name: str) -> str:
+        source, local = self._locate(index)
+        return source.image_stamp(local, number, name)
 
 
 class ConcatDataset:

@@ -164,6 +164,23 @@ class ImageRoot:
         except (OSError, ValueError) as error:  # an ImageError is a ValueError: the file is none, or too large
             raise ImageError(f"image {shown(name)} cannot be read: {error}") from error
 
+    def stamp(self, name: str) -> str:
+        """The state of image `name`: size and times, or what the remote store says; empty if it cannot be found.
+
+        A replaced local file has another one even if size and modification time are kept: the time of its last change
+        of any kind (ctime) cannot be.
+        """
+        try:
+            path = self.resolve(name)
+            if self._file_system is None:
+                status = os.stat(path)
+                return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            info = self._file_system.info(path)
+        except (OSError, ValueError):  # an ImageError is a ValueError; reading the image says what is wrong
+            return ""
+        known = (info.get(key) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created"))
+        return " ".join(str(value) for value in known if value is not None)
+
 
 def _read_regular_file(path: str) -> bytes:
     """Neither a pipe, which may never end, nor a device. Raises OSError, ImageError."""

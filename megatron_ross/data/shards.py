@@ -79,6 +79,10 @@ class ShardFile:
         except OSError as error:
             raise ImageError(f"image {number} of {self.path}[{index}] cannot be read: {error}") from error
 
+    def image_stamp(self, index: int, number: int, name: str) -> str:
+        """That of the whole shard."""
+        return self.fingerprint
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_files"}
 

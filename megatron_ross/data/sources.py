@@ -32,6 +32,9 @@ class Source(Protocol):
     def read_image(self, index: int, number: int, name: str) -> bytes:
         """Bytes of a record's image `number`, which the record calls `name`. Raises ImageError."""
 
+    def image_stamp(self, index: int, number: int, name: str) -> str:
+        """Changes whenever the image's file does, and when it is copied; empty if there is none. Reads no image."""
+
 
 class LlavaSource:
     """A JSON / JSONL file and the folder its image names start from (None: no record has an image)."""
@@ -52,6 +55,9 @@ class LlavaSource:
         if self._image_root is None:
             raise ImageError(f"image {name!r} cannot be read: no image_root is set")
         return self._image_root.read(name)
+
+    def image_stamp(self, index: int, number: int, name: str) -> str:
+        return self._image_root.stamp(name) if self._image_root is not None else ""
 
 
 def open_sources(

@@ -135,7 +135,7 @@ class RunCheckpoints:
 def trained_model(model: RossModelConfig, run: RunConfig) -> RossModelConfig:
     """The model as its manifest describes it from now on: the tower sees the images that this run has shown it, and the
     denoiser has the objective it is trained with."""
-    model = replace(model, vision=model.vision.shown(run.data.image_aspect_ratio))
+    model = replace(model, vision=model.vision.shown(run.data.image_aspect_ratio, run.data.image_conversion))
     if model.denoiser is None or not run.loss.denoiser_passes or run.trainability.freeze_mm_inv_projector:
         return model
     return replace(model, denoiser=replace(model.denoiser, objective=run.loss.recon_objective))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             source.image_folder or None,
             tokenizer,
             run.data.template,
-            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio)),
+            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio, run.data.image_conversion)),
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
@@ -64,10 +64,17 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
     ]
 
 
-def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | None = None) -> SampleOrder:
+def build_order(
+    run: RunConfig,
+    dataset: TrainingSet,
+    lengths: Sequence[int] | None = None,
+    beat: Callable[[str], None] | None = None,
+) -> SampleOrder:
     """The global order of sequences; the same on every rank and for every data-parallel size.
 
-    `lengths`: tokens of every sample, if they are known already.
+    Args:
+        lengths: tokens of every sample, if they are known already.
+        beat: tells the watchdog that lengths are being measured.
     """
     data, seed = run.data, run.loss.seed
     blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
@@ -75,7 +82,7 @@ def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | N
     if data.group_by_modality_length:
         num_microbatches = data.global_batch_size // data.micro_batch_size
         order = GroupedOrder(
-            modality_lengths(dataset),
+            modality_lengths(dataset, beat=beat),
             seed,
             batch_size=data.micro_batch_size,
             world_size=num_microbatches,
@@ -84,7 +91,7 @@ def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | N
     else:
         order = blend or SampleOrder(len(dataset), seed, ids=_kept(run, len(dataset)))
     if data.packing:
-        known = token_lengths(dataset) if lengths is None else lengths
+        known = token_lengths(dataset, beat=beat) if lengths is None else lengths
         return PackedOrder(order, known, data.seq_length, data.packing_lookahead)
     return order
 
@@ -107,16 +114,17 @@ def _kept(run: RunConfig, num_samples: int) -> np.ndarray | None:
     return kept_ids(num_samples, held_out_ids(num_samples, split)) if split else None
 
 
-def build_valid_order(run: RunConfig, dataset: TrainingSet) -> FixedOrder:
+def build_valid_order(run: RunConfig, dataset: TrainingSet, beat: Callable[[str], None] | None = None) -> FixedOrder:
     """The batches of every validation: of `valid_data_path`'s samples, or of those that `valid_split` holds out.
 
     Args:
         dataset: from `build_valid_dataset`, or the training set.
+        beat: as in `build_order`.
     """
     data = run.data
     order = valid_samples(run, dataset)
     if data.packing:
-        order = PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
+        order = PackedOrder(order, token_lengths(dataset, beat=beat), data.seq_length, data.packing_lookahead)
     return validation_order(order, data.global_batch_size, run.observation.eval_iters)
 
 

@@ -57,9 +57,11 @@ def _train(argv: Sequence[str], world_size: int) -> None:
 
     start = start_of(run)
     layout = resolve_layout(run, start.manifest.model, world_size)
-    check_latent_cache(run, start.directory)
+    warnings = check_latent_cache(run, start.directory)
     if run.training.save:
         prepare_run_folder(run)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     start_process_group(run.parallel.distributed_timeout_minutes)
     from megatron_ross.parallel.groups import initialize_groups
     from megatron_ross.training.trainer import Trainer

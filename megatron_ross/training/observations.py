@@ -71,7 +71,7 @@ class Observations:
         valid = build_valid_dataset(run, model.vision, assets)
         held_out = dataset if valid is None else valid
         if settings.eval_interval is not None:
-            order = build_valid_order(run, held_out)
+            order = build_valid_order(run, held_out, beat)
             letters = {letter for chunk in chunks for letter in chunk.module.spec.letters}
             loader = build_loader(run, held_out, order, groups, letters=letters)
             breakdown = LossBreakdown(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
@@ -41,6 +42,13 @@ def start_of(run: RunConfig) -> Start:
         return Start(directory, Manifest.read(directory), resumed is not None)
     except ValueError as error:
         raise ValueError(f"{error}{earlier_checkpoint(directory) if resumed else ''}") from None
+
+
+def with_image_conversion(run: RunConfig, start: Start | None) -> RunConfig:
+    """The run with `image_conversion` decided: a run that resumes goes on as it was trained, a new one as a viewer."""
+    trained = start.manifest.model.vision.image_conversion if start is not None and start.resumes else "viewer"
+    chosen = cast(Literal["viewer", "published"], run.data.image_conversion or trained)
+    return replace(run, data=replace(run.data, image_conversion=chosen))
 
 
 def resumed_checkpoint(run: RunConfig) -> Path | None:

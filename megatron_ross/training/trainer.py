@@ -41,7 +41,7 @@ from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.rerun import start_rerun
 from megatron_ross.training.signals import StopSignal
 from megatron_ross.training.spikes import SpikeDetector
-from megatron_ross.training.start import Start
+from megatron_ross.training.start import Start, with_image_conversion
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
 from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
@@ -56,6 +56,7 @@ class Trainer:
     """One run on one rank. `train()` runs it to its end, to a signal, or to an error that all ranks share."""
 
     def __init__(self, run: RunConfig, start: Start, layout: StageLayout, groups: ParallelGroups) -> None:
+        run = with_image_conversion(run, start)
         self.run, self.layout, self.groups = run, layout, groups
         self.folder = Path(run.training.save) if run.training.save else None
         self.files = RunFiles.of(run)
@@ -67,7 +68,7 @@ class Trainer:
             verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
-        self.order = build_order(run, self.dataset)
+        self.order = build_order(run, self.dataset, beat=self.watchdog.beat)
         self.train_iters = num_iterations(run, self.order)
         start_user_buffers(run, manifest.model.language.hidden_size)
         self.stages = build_stages(manifest.model, run, layout, groups)

@@ -84,6 +84,7 @@ def test_hyper_parameters_are_the_published_ones(recipe: Path) -> None:
     assert (data.group_by_modality_length, data.packing) == (not stage_1, False)
     # The pretrain scripts pass no --image_aspect_ratio, whose default is square; the finetune scripts pass pad.
     assert data.image_aspect_ratio == ("square" if stage_1 else "pad")
+    assert data.image_conversion == "published"
     vicuna = "vicuna" in recipe.stem
     assert data.template == ("plain" if stage_1 else "v1" if vicuna else "qwen_2")
     assert data.seq_length == (8192 if stage_1 else 4096 if vicuna else 32768)
