@@ -64,21 +64,30 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
     ]
 
 
-def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | None = None) -> SampleOrder:
+def build_order(
+    run: RunConfig,
+    dataset: TrainingSet,
+    lengths: Sequence[int] | None = None,
+    group_sizes: tuple[int, int] | None = None,
+) -> SampleOrder:
     """The global order of sequences; the same on every rank and for every data-parallel size.
 
-    `lengths`: tokens of every sample, if they are known already.
+    Args:
+        lengths: tokens of every sample, if they are known already.
+        group_sizes: (batch size, batches per step) that `group_by_modality_length` deals samples to, of the run's
+            first start (`training/resumed.py`); None: those of this run.
     """
     data, seed = run.data, run.loss.seed
     blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
     order: SampleOrder
     if data.group_by_modality_length:
-        num_microbatches = data.global_batch_size // data.micro_batch_size
+        own = (data.micro_batch_size, data.global_batch_size // data.micro_batch_size)
+        batch_size, num_batches = group_sizes or own
         order = GroupedOrder(
             modality_lengths(dataset),
             seed,
-            batch_size=data.micro_batch_size,
-            world_size=num_microbatches,
+            batch_size=batch_size,
+            world_size=num_batches,
             base=blend or SampleOrder(len(dataset), seed, shuffle=False, ids=_kept(run, len(dataset))),
         )
     else:

@@ -53,9 +53,11 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     resolve_features(run, probe())
     from megatron_ross.training.checkpoints import prepare_run_folder
     from megatron_ross.training.latents import check_latent_cache
+    from megatron_ross.training.resumed import check_trained_parts
     from megatron_ross.training.start import start_of
 
     start = start_of(run)
+    check_trained_parts(run, start)
     layout = resolve_layout(run, start.manifest.model, world_size)
     check_latent_cache(run, start.directory)
     if run.training.save:
