@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from megatron_ross.programs import end_with_launcher
+
 if __name__ == "__main__":
+    end_with_launcher()  # before the imports, which take seconds
     # Imported here, because checkpoint writers start helper processes that read this file again.
     from megatron_ross.training.main import main
 

@@ -39,8 +39,8 @@ from megatron_ross.data.survey import (
 )
 from megatron_ross.platform import quieten
 from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
+from megatron_ross.training.schedule import num_iterations
 from megatron_ross.training.start import start_of, with_image_conversion
-from megatron_ross.training.trainer import num_iterations
 
 EFFECTS = {
     **dict.fromkeys(SKIPPED, "skipped in training"),

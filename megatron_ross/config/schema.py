@@ -132,9 +132,12 @@ class OptimizerSettings:
     mm_vision_tower_lr: float | None = None
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_fraction: float | None = 0.03
-    """Share of the steps with rising learning rate, from 0; rounded up."""
+    """Share of the steps with rising learning rate, from 0; rounded up. Where batch sizes change: of the samples."""
     lr_warmup_iters: int | None = None
     """The same as a number of steps; overrides lr_warmup_fraction."""
+    lr_continue: Literal["constant", "rewarm", "schedule"] | None = None
+    """The learning rate of a run that had ended and is made longer: `constant` is lr all the time, `rewarm` a new
+    warm-up and decay over what is left, `schedule` what a run of the whole length has there. None refuses to go on."""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -16,6 +16,7 @@ from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, iterat
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavedCheckpoint, SavePolicy
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.training.resumed import PROGRESS_KEY
 
 
 def prepare_run_folder(run: RunConfig) -> None:
@@ -141,6 +142,8 @@ def trained_model(model: RossModelConfig, run: RunConfig) -> RossModelConfig:
     return replace(model, denoiser=replace(model.denoiser, objective=run.loss.recon_objective))
 
 
-def training_record(losses: dict[str, float], run: RunConfig, data: dict[str, Any], layout: str) -> dict[str, Any]:
-    """The manifest's `training` entry."""
-    return {**losses, "settings": run.to_flat(), "data": data, "layout": layout}
+def training_record(
+    losses: dict[str, float], run: RunConfig, data: dict[str, Any], layout: str, progress: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest's `training` entry; `progress` is from `resumed.record_of`."""
+    return {**losses, "settings": run.to_flat(), "data": data, "layout": layout, PROGRESS_KEY: progress}

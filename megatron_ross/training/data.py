@@ -69,23 +69,27 @@ def build_order(
     dataset: TrainingSet,
     lengths: Sequence[int] | None = None,
     beat: Callable[[str], None] | None = None,
+    group_sizes: tuple[int, int] | None = None,
 ) -> SampleOrder:
     """The global order of sequences; the same on every rank and for every data-parallel size.
 
     Args:
         lengths: tokens of every sample, if they are known already.
         beat: tells the watchdog that lengths are being measured.
+        group_sizes: (batch size, batches per step) that `group_by_modality_length` deals samples to, of the run's
+            first start (`training/resumed.py`); None: those of this run.
     """
     data, seed = run.data, run.loss.seed
     blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
     order: SampleOrder
     if data.group_by_modality_length:
-        num_microbatches = data.global_batch_size // data.micro_batch_size
+        own = (data.micro_batch_size, data.global_batch_size // data.micro_batch_size)
+        batch_size, num_batches = group_sizes or own
         order = GroupedOrder(
             modality_lengths(dataset, beat=beat),
             seed,
-            batch_size=data.micro_batch_size,
-            world_size=num_microbatches,
+            batch_size=batch_size,
+            world_size=num_batches,
             base=blend or SampleOrder(len(dataset), seed, shuffle=False, ids=_kept(run, len(dataset))),
         )
     else:

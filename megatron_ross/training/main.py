@@ -7,7 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,9 +56,12 @@ def _train(argv: Sequence[str], world_size: int) -> None:
     resolve_features(run, probe())
     from megatron_ross.training.checkpoints import prepare_run_folder
     from megatron_ross.training.latents import check_latent_cache
-    from megatron_ross.training.start import start_of
+    from megatron_ross.training.resumed import check_trained_parts
+    from megatron_ross.training.start import check_unchanged, refuse_to_mix, start_of
 
     start = start_of(run)
+    refuse_to_mix(run)
+    check_trained_parts(run, start)
     layout = resolve_layout(run, start.manifest.model, world_size)
     warnings = check_latent_cache(run, start.directory)
     if run.training.save:
@@ -64,6 +70,7 @@ def _train(argv: Sequence[str], world_size: int) -> None:
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     start_process_group(run.parallel.distributed_timeout_minutes)
     from megatron_ross.parallel.groups import initialize_groups
+    from megatron_ross.training.lease import leased
     from megatron_ross.training.trainer import Trainer
 
     groups = initialize_groups(
@@ -72,7 +79,9 @@ def _train(argv: Sequence[str], world_size: int) -> None:
         tie_embeddings=start.manifest.model.language.share_embeddings_and_output_weights,
         seed=run.loss.seed,
     )
-    Trainer(run, start, layout, groups).train()
+    folder = run.training.save
+    with leased(Path(folder), partial(check_unchanged, run, start)) if folder else nullcontext():
+        Trainer(run, start, layout, groups).train()
 
 
 def start_process_group(timeout_minutes: float) -> None:

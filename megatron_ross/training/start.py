@@ -75,6 +75,41 @@ def resumed_checkpoint(run: RunConfig) -> Path | None:
         raise ConfigError(f"load={run.training.load!r}: {error}; {_what_to_do(root)}") from None
 
 
+def refuse_to_mix(run: RunConfig) -> None:
+    """Refuse to save to a folder that holds checkpoints of a run that this one does not resume.
+
+    Two runs are the same if `load` names the folder that `save` names. Any other would replace checkpoints of the same
+    iteration, and turn `latest` back.
+
+    Raises:
+        ConfigError: names the folder, and what to give instead.
+    """
+    save, load = run.training.save, run.training.load
+    if not save:
+        return
+    root = Path(save) / CHECKPOINTS_NAME
+    if not _was_ever_saved(root) or (load and checkpoints_of(load).resolve() == root.resolve()):
+        return
+    iterations = complete_iterations(root)
+    held = f"iteration {iterations[-1]} is the last" if iterations else f"{root / LATEST_NAME} is there"
+    raise ConfigError(
+        f"save={save!r}: holds checkpoints of another run ({held}), and load={load!r} does not resume it; give "
+        f"load={save} to go on with that run, or another save for a new one"
+    )
+
+
+def check_unchanged(run: RunConfig, start: Start) -> None:
+    """Until it had the run folder for itself, another run may have saved there.
+
+    Raises:
+        ConfigError: it has; the start would be from an older checkpoint.
+    """
+    refuse_to_mix(run)
+    now = start_of(run).directory
+    if now != start.directory:
+        raise ConfigError(f"save={run.training.save!r}: another run has just saved {now}; start again")
+
+
 def _check_named(run: RunConfig, directory: Path, iteration: int) -> None:
     """Refuse one checkpoint of the run's own folder: started again, the run would return to it, or find it removed."""
     save, root = run.training.save, directory.parent

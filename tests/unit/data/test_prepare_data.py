@@ -22,7 +22,7 @@ from megatron_ross.data.quarantine import BadSamplePolicy
 from megatron_ross.data.rgb import KINDS
 from megatron_ross.data.survey import SKIPPED
 from megatron_ross.training.data import build_dataset, build_order
-from megatron_ross.training.trainer import num_iterations
+from megatron_ross.training.schedule import num_iterations
 from tests.helpers.variants import make_variant
 
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,7 @@ from megatron_ross.planner.hardware import GPUS
 from megatron_ross.planner.parameters import stage_parameters
 from megatron_ross.planner.search import longest_sample, plan_run
 from megatron_ross.training import data as training_data
-from megatron_ross.training.trainer import num_iterations
+from megatron_ross.training.schedule import num_iterations
 from tests.helpers.distributed import run_ranks
 from tests.helpers.meta_stages import Sizes, built_sizes
 
