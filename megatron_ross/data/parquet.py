@@ -8,6 +8,7 @@ of rows; the last groups are kept, so that reading in order decodes each once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,9 @@ from megatron_ross.data.row_groups import RowGroups
 
 MAX_GROUP_BYTES = 1 << 30
 """Images of a larger group of rows are refused: each of them would cost so much."""
+
+_MAX_ROWS_PER_BYTE = 100
+"""Records of a sentence take bytes, however well they are packed; rows of nothing do not, and may be billions."""
 
 _BATCH_ROWS = 1024
 _END_BYTES = 4096
@@ -98,7 +102,7 @@ class ParquetFile:
         column = next((key for key in IMAGE_FIELDS if raw.get(key)), None)
         try:
             value = self._value(index, number, column) if column else name
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise ImageError(f"image {number} of {self.path}[{index}] cannot be read: {_line(error)}") from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(data, bytes):
@@ -119,15 +123,20 @@ class ParquetFile:
         key = (self.path, group, column)
         values = self._row_groups.get(key)
         if values is None:
-            with self._open() as file:
-                reader = parquet.ParquetFile(file, page_checksum_verification=True)
+            with self._reader() as reader:
                 values = reader.read_row_group(group, columns=[column], use_threads=False).column(0)
             self._row_groups.put(key, values)
         value = values[index - int(self._group_starts[group])]
         return (value.values[number] if isinstance(value, pa.ListScalar) else value).as_py()
 
-    def _open(self) -> BinaryIO:
-        return self._file_system.open(self._real, "rb")
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[parquet.ParquetFile]:
+        if not is_url(self.path):  # pyarrow reads local files without Python's lock
+            with parquet.ParquetFile(self._real, page_checksum_verification=True) as reader:
+                yield reader
+            return
+        with self._file_system.open(self._real, "rb") as file:
+            yield parquet.ParquetFile(file, page_checksum_verification=True)
 
     def _load_or_build(self, cache: Path) -> tuple[Path, np.ndarray]:
         """The file of texts, and int64 [2 + groups + rows, 2].
@@ -141,7 +150,7 @@ class ParquetFile:
         with locked(texts.with_suffix(".lock")):
             if not (index.exists() and texts.exists()):
                 temporary = texts.with_suffix(".tmp")
-                with self._open() as file:
+                with self._file_system.open(self._real, "rb") as file:
                     rows = _build(file, self._file_system.size(self._real), temporary)
                 os.replace(temporary, texts)
                 write_atomically(index, rows)
@@ -153,6 +162,8 @@ def _build(file: BinaryIO, size: int, texts: Path) -> np.ndarray:
     reader = parquet.ParquetFile(file, page_checksum_verification=True)
     metadata = reader.metadata
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    if metadata.num_rows > _MAX_ROWS_PER_BYTE * size:
+        raise ValueError(f"it says that it has {metadata.num_rows:,} rows, in {size:,} bytes; refused")
     leaves = _leaves(reader, groups)
     digest = hashlib.blake2b(digest_size=16)
     ends = [0]

@@ -170,8 +170,8 @@ def test_images_in_order_decode_a_group_once(hub, monkeypatch, tmp_path):
     """As prepare_data reads them; a shuffled order cannot."""
     file = ParquetFile(hub / "p-1.parquet", cache_folder=tmp_path / "cache")
     opened = []
-    original = ParquetFile._open
-    monkeypatch.setattr(ParquetFile, "_open", lambda self: opened.append(1) or original(self))
+    original = ParquetFile._reader
+    monkeypatch.setattr(ParquetFile, "_reader", lambda self: opened.append(1) or original(self))
     for index in range(14):
         for number, name in enumerate(file[index].get("images", [])):
             file.read_image(index, number, name)
@@ -249,6 +249,12 @@ def test_columns_of_turns(toy, qwen, processor, tmp_path):
         ids.append(sample.input_ids.tolist())
         assert sample.images[0].read_bytes() == _png(toy, 1)
     assert ids[0] == ids[1] == ids[2]
+
+
+def test_billions_of_empty_rows_are_refused_before_they_are_listed(tmp_path):
+    parquet.write_table(pa.table({"conversations": pa.nulls(3_000_000, pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: it says that it has 3,000,000 rows, in [\d,]+ bytes; refused"):
+        ParquetFile(tmp_path / "a.parquet", cache_folder=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
