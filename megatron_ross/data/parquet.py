@@ -174,7 +174,9 @@ def _build(file: BinaryIO, size: int, texts: Path) -> np.ndarray:
                 digest.update(line)
                 sink.write(line)
                 ends.append(ends[-1] + len(line))
-    for place, length in _ends(groups, leaves.images, size):
+    file.seek(size - 8)
+    contents = int.from_bytes(file.read(4), "little")
+    for place, length in [*_ends(groups, leaves.images), (max(0, size - 8 - contents), contents)]:
         file.seek(place)
         digest.update(file.read(length))
     starts = np.cumsum([0, *(group.num_rows for group in groups)])
@@ -235,15 +237,14 @@ def _num_nulls(chunk: Any) -> int | None:
     return statistics.null_count if statistics is not None and statistics.has_null_count else None
 
 
-def _ends(groups: list[Any], leaves: list[int], size: int) -> Iterator[tuple[int, int]]:
-    """(place, length) of what stands for the images in the digest: ends of their columns, and the table of contents."""
+def _ends(groups: list[Any], leaves: list[int]) -> Iterator[tuple[int, int]]:
+    """(place, length) of the ends of the images' columns, which stand for the images in the digest."""
     for group in groups:
         for leaf in leaves:
             chunk = group.column(leaf)
             begin, length = chunk.data_page_offset, chunk.total_compressed_size
             yield begin, min(length, _END_BYTES)
-            yield begin + max(0, length - _END_BYTES), _END_BYTES
-    yield max(0, size - (1 << 20)), 1 << 20
+            yield begin + max(0, length - _END_BYTES), min(length, _END_BYTES)
 
 
 def _plain(row: dict[str, Any], full: list[str]) -> dict[str, Any]:

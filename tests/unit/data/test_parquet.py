@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from megatron_ross.data import parquet as module
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
+from megatron_ross.data.decoders import PillowDecoder
 from megatron_ross.data.errors import ImageError, RecordError
 from megatron_ross.data.latent_cache import image_digest
 from megatron_ross.data.lengths import measure, modality_lengths
@@ -143,6 +144,20 @@ def test_a_survey_reads_every_image_and_skips_what_training_skips(hub, qwen, pro
     assert surveys[0].skipped == set()
     assert surveys[1].skipped == {5, 21}
     assert surveys[0].num_tokens == measure(table, 1, False).tolist()
+
+
+def test_dali_and_threads_read_images_of_parquet(hub, qwen, processor, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from megatron_ross.data.dali_images import DaliDecoder
+
+    table = _open(f"{hub}/p-{{0..1}}.parquet", qwen, processor, tmp_path / "cache")
+    spans = [
+        [span for i in range(23) for span in dataset[i].images] for dataset in (table, _json(hub, qwen, processor))
+    ]
+    for decoder in (PillowDecoder(4), DaliDecoder(processor, num_threads=2, device_id=None)):
+        for pixels, expected in zip(*map(decoder.decode, spans), strict=True):
+            assert torch.equal(pixels, expected)
+        decoder.close()
 
 
 def test_urls(hub, qwen, processor, tmp_path):
