@@ -114,7 +114,7 @@ class ParquetFile:
         if isinstance(value, dict) and not value.get("path"):
             raise ImageError(f"image {number} of {self.path}[{index}] has neither bytes nor a path")
         if self._image_root is None:
-            raise ImageError(f"image {name!r} of {self.path}[{index}] has no bytes, and no image_root is set")
+            raise ImageError(f"image {name!r} of {self.path}[{index}] has no bytes, and image_folder is not set")
         return self._image_root.read(name)
 
     def _value(self, index: int, number: int, column: str) -> Any:
