@@ -36,6 +36,7 @@ INSTALL_REQUIRES = [
     "jsonargparse[signatures]>=4.41,<5",
     "pyyaml>=6.0.2",
     "numpy>=2.1,<3",
+    "pyarrow>=18",
     "pillow>=12",
     "matplotlib>=3.10",
     "tensorboard>=2.20",

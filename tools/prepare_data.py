@@ -45,6 +45,7 @@ from megatron_ross.training.start import start_of, with_image_conversion
 EFFECTS = {
     **dict.fromkeys(SKIPPED, "skipped in training"),
     "mismatch": "masked in training",
+    "lacks_images": "trained as text: they name no image",
     "images_cut": "images without room are dropped from reconstruction",
     "bad_image_cut": "broken, but behind the cut: never opened",
 }

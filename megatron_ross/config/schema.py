@@ -153,7 +153,8 @@ class DataConfig:
     """Where samples come from and how they are batched."""
 
     data_path: str = ""
-    """LLaVA-format JSON or JSONL, or WebDataset tars ("shards/{000000..000099}.tar"); local, or a URL of fsspec."""
+    """JSON or JSONL, parquet, or WebDataset tars ("shards/{000000..000099}.tar"), with records of the forms in
+    docs/data.md; local, or a URL of fsspec."""
     image_folder: str = ""
     """Where the image names of a JSON file start."""
     allow_image_symlinks: bool = False

@@ -4,8 +4,8 @@ A checkpoint that came from a composite keeps its config unchanged. One that cam
 model's fields plus those that the published code adds. Both get three fields of ours (`vision_config`, `vae_config`,
 `mm_inv_projector_width`), which the published code ignores and which make the folder self-contained. A denoiser that
 regresses latents says so in a fourth, `mm_inv_projector_objective`; a tower whose layer, filter or crop the published
-code would not use, in `vision_feature_layer`, `image_resample` and `image_do_center_crop`; a model that was shown other pixels
-than the published ones, in `image_conversion`.
+code would not use, in `vision_feature_layer`, `image_resample` and `image_do_center_crop`; a model that saw
+other pixels than the published ones, in `image_conversion`.
 """
 
 from __future__ import annotations

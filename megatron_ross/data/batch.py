@@ -38,6 +38,7 @@ class RossSample:
     labels: Tensor
     images: tuple[ImageSpan, ...] = ()
     mismatch: bool = False  # tokenisation mismatch: every label is masked, as published
+    lacks_images: bool = False  # its text says <image>, but the record brings none
     num_images_cut: int = 0  # images that `max_length` left no room for; the sequence ends before the first of them
 
 

@@ -1,4 +1,4 @@
-"""LLaVA data set: record -> tokenised sample with images expanded to spans of placeholder tokens.
+"""A data set: record -> tokenised sample with images expanded to spans of placeholder tokens.
 
 Nothing is tokenised before it is asked for, and no image is decoded before `ImageSpan.load_pixels` is called, so that
 each rank decodes only the images it needs.
@@ -22,8 +22,9 @@ from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
+from megatron_ross.data.formats import has_image, word_count
 from megatron_ross.data.images import ImageProcessor
-from megatron_ross.data.records import Record, parse_record, word_count
+from megatron_ross.data.records import Record, parse_record
 from megatron_ross.data.sources import PathLike, Source, open_sources
 from megatron_ross.data.tokenizer import TextTokenizer
 
@@ -40,7 +41,7 @@ class Measurement:
 
 
 class RossDataset:
-    """Random access to the samples of LLaVA JSON / JSONL files and WebDataset shards, one after the other."""
+    """Random access to the samples of JSON, JSONL and parquet files and WebDataset shards, one after the other."""
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class RossDataset:
     ):
         """
         Args:
-            json_path: JSON, JSONL or tar files; local paths or URLs; tar names may hold a range, "{000..099}.tar".
-            image_root: folder (or URL) that the records' `image` names start from; None if no JSON record has an image.
+            json_path: JSON, JSONL, parquet or tar files; local paths or URLs; names may hold a range, "{000..099}.tar".
+            image_root: folder (or URL) that the records' image names start from; None if no record names a file.
             tokenizer: a Hugging Face tokenizer or a TextTokenizer.
             template: one of `conversation.TEMPLATES`.
             num_image_tokens: tokens per image.
@@ -107,6 +108,7 @@ class RossDataset:
             images=tuple(self._span(index, record, i, start) for i, start in enumerate(starts)),
             mismatch=encoded.mismatch,
             num_images_cut=len(record.images) - len(starts),
+            lacks_images=record.lacks_images,
         )
 
     def question(self, index: int) -> RossSample:
@@ -159,8 +161,7 @@ class RossDataset:
             raw, _ = self._raw(index)
         except RecordError:
             return -1
-        has_image = isinstance(raw, dict) and bool(raw.get("image"))
-        return (1 if has_image else -1) * max(word_count(raw), 1)
+        return (1 if has_image(raw) else -1) * max(word_count(raw), 1)
 
     @property
     def fingerprint(self) -> str:
@@ -172,6 +173,10 @@ class RossDataset:
     def records_fingerprint(self) -> str:
         """Names the files of records and their state."""
         return " ".join(source.fingerprint for source in self._sources)
+
+    def contents(self) -> list[tuple[str, int, str]]:
+        """Path, number of records and content digest of every file. Raises OSError."""
+        return [(source.path, len(source), source.content_digest()) for source in self._sources]
 
     @property
     def images_fingerprint(self) -> str:
@@ -280,6 +285,10 @@ class ConcatDataset:
         """Words of one record with the sign of its modality."""
         dataset, local = self._locate(index)
         return dataset.modality_length(local)
+
+    def contents(self) -> list[tuple[str, int, str]]:
+        """Path, number of records and content digest of every file. Raises OSError."""
+        return [content for dataset in self.datasets for content in dataset.contents()]
 
     @property
     def fingerprint(self) -> str:

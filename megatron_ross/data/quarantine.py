@@ -29,8 +29,9 @@ class SampleStatus(IntEnum):
 
     GOOD = 0
     IMAGES_CUT = 1  # `max_length` left no room for one of its images
-    MISMATCH = 2  # tokenisation mismatch: masked, as published
-    BAD = 3  # record or image broken: skipped
+    LACKS_IMAGES = 2  # says <image> and brings none: trained as text, as published
+    MISMATCH = 3  # tokenisation mismatch: masked, as published
+    BAD = 4  # record or image broken: skipped
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def finding_of(sample: RossSample) -> Finding | None:
     """What is wrong with a sample that could be tokenised, if anything."""
     if sample.mismatch:
         return Finding(SampleStatus.MISMATCH, "tokenization mismatch: all labels are masked")
+    if sample.lacks_images:
+        return Finding(SampleStatus.LACKS_IMAGES, "says <image>, but the record names no image")
     if sample.num_images_cut:
         return Finding(SampleStatus.IMAGES_CUT, f"max_length left no room for {sample.num_images_cut} of its images")
     return None
@@ -110,7 +113,7 @@ class Quarantine:
         statuses = self.policy.agree(flags).tolist()
         self.counts.update(SampleStatus(s).name.lower() for s in statuses if s != SampleStatus.GOOD)
         for position, status in enumerate(statuses):
-            if status >= SampleStatus.MISMATCH and len(self._examples) < 5:
+            if status >= SampleStatus.LACKS_IMAGES and len(self._examples) < 5:
                 known = findings[position].reason if position in findings else "found by another rank"
                 self._examples.append(f"sample {keys[position, 1]}: {known}")
         return [position for position, status in enumerate(statuses) if status == SampleStatus.BAD]
@@ -121,7 +124,11 @@ class Quarantine:
             TooManyBadSamplesError: a share passed its limit; the message gives examples.
         """
         total = max(consumed_samples, self.policy.min_samples)
-        limits = {"bad": self.policy.max_bad_share, "mismatch": self.policy.max_mismatch_share}
+        limits = {
+            "bad": self.policy.max_bad_share,
+            "lacks_images": self.policy.max_bad_share,
+            "mismatch": self.policy.max_mismatch_share,
+        }
         for name, limit in limits.items():
             if self.counts[name] > limit * total:
                 raise TooManyBadSamplesError(

@@ -102,6 +102,8 @@ class Checker:
             return _STUB
         if any(turn.role == "gpt" and not turn.text.strip() for turn in record.turns):
             survey.find("empty_answer", index, record.where)
+        if record.lacks_images:
+            survey.find("lacks_images", index, f"{record.where}: says <image>, but names no image")
         if self.decode and not self._check_images(dataset, index, record, sizes.num_images, survey):
             return replace(sizes, num_supervised=0)
         if sizes.mismatch:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,9 @@ from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
 
 TrainingSet = RossDataset | ConcatDataset
+
+_MAX_NAMED = 8
+"""Ranks that a message lists."""
 
 
 def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
@@ -62,6 +68,48 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
         )
         for source in sources
     ]
+
+
+def agree_on_data(dataset: TrainingSet) -> None:
+    """Ranks read the data each for itself, perhaps from copies on their own nodes. A collective.
+
+    Raises:
+        ValueError: on every rank; the copies differ, or one cannot be read.
+    """
+    if dist.get_world_size() == 1:
+        return
+    contents: list[tuple[str, int, str]] = []
+    state: object
+    try:
+        contents = dataset.contents()
+        state = hashlib.blake2b(repr([content[1:] for content in contents]).encode(), digest_size=16).hexdigest()
+    except OSError as error:
+        state = f"cannot be read: {error}"
+    if len(set(_gathered(state))) == 1 and contents:
+        return
+    theirs = _gathered(contents)[0]
+    pairs = enumerate(zip(contents, theirs, strict=False))
+    differing = next((i for i, (a, b) in pairs if a[1:] != b[1:]), min(len(contents), len(theirs)))
+    number = min(_gathered(differing))
+    here = contents[number] if number < len(contents) else ("its data", 0, str(state))
+    copies: dict[tuple[int, str], list[str]] = {}
+    for rank, (host, path, size, digest) in enumerate(_gathered((socket.gethostname(), *here))):
+        copies.setdefault((size, digest), []).append(f"{rank} ({host}: {path})")
+    found = [f"{size:,} records of content {digest} on {_some(ranks)}" for (size, digest), ranks in copies.items()]
+    raise ValueError(f"ranks read different data: {'; '.join(found)}; copy the same files to every node")
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Everyone's value, by rank. A collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _some(ranks: list[str]) -> str:
+    """For a message: not all of a thousand."""
+    more = f", ... {len(ranks)} in all" if len(ranks) > _MAX_NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:_MAX_NAMED])}{more}"
 
 
 def build_order(

@@ -30,7 +30,7 @@ from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
-from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
+from megatron_ross.training.data import agree_on_data, build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
@@ -67,6 +67,7 @@ class Trainer:
             verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
+        agree_on_data(self.dataset)
         self.group_sizes = group_sizes(run, start)
         self.order = build_order(run, self.dataset, beat=self.watchdog.beat, group_sizes=self.group_sizes)
         self.plan = plan_start(run, start, self.order)

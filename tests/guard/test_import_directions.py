@@ -71,6 +71,7 @@ HEAVY = {
     "vlmeval": ["megatron_ross/evaluation/vlmevalkit/*"],
     "accelerate": ["megatron_ross/evaluation/lmms_eval/*"],
     "datasets": [],
+    "pyarrow": ["megatron_ross/data/parquet.py", "megatron_ross/evaluation/builtin/*"],
 }
 # Data stays free of the engine: loaders run in worker processes that must start fast.
 NO_ENGINE = ["megatron_ross/data/*", "kernels/*"]

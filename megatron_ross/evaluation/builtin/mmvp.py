@@ -95,10 +95,8 @@ def _read_row(row: dict[str, Any], folder: Path | None, where: str) -> MmvpQuest
 
 
 def _read_parquet(files: Sequence[Path]) -> list[MmvpQuestion]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("parquet files need pyarrow: pip install -e '.[eval]'") from None
+    from pyarrow import parquet  # only they need it
+
     rows = [(file, n, row) for file in files for n, row in enumerate(parquet.read_table(file).to_pylist(), 1)]
     return [_read_row(row, None, f"{file}, row {n}") for file, n, row in rows]
 
