@@ -90,7 +90,7 @@ class Located:
         }
         if self.kind in parts:
             return f"; make a whole model of it: megatron-ross import {parts[self.kind]} --output checkpoints/NAME"
-        if self.kind in (Kind.ROSS, Kind.LLAVA) and Kind.CHECKPOINT in kinds:
+        if self.kind in (Kind.ROSS, Kind.LLAVA) and Kind.ROSS not in kinds:
             return f"; import it first: megatron-ross import --checkpoint {name} --output {target}"
         if self.kind is Kind.LLAVA:
             return (

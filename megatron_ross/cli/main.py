@@ -27,8 +27,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: the command's, or 1 after one line that says what is wrong."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {_unknown(name)}", file=sys.stderr)
         return 1
-    sys.argv = [f"megatron-ross {command}", *rest]  # what parsers call the program
+    if arguments is None:
+        sys.argv = [f"megatron-ross {command}", *rest]  # what parsers call the program
     module = importlib.import_module(f"megatron_ross.cli.{COMMANDS[command][0]}")
     return int(module.main(rest))
 

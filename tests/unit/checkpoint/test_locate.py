@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,10 +115,9 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["init_from", "load"])
 def test_training_names_the_converter(kind: Kind, command: str, setting: str, tmp_path: Path) -> None:
     name = folder(tmp_path / "x", config=CONFIGS[kind])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(command.format(name=name))) as error:
         start_of(RunConfig.from_flat({setting: name}))
     assert str(error.value).startswith(f"{setting}='{name}': is {kind.value}")
-    assert command.format(name=name) in str(error.value)
 
 
 def test_a_hub_id_to_train_from_is_to_be_imported() -> None:
@@ -131,7 +131,7 @@ def test_generation_needs_a_whole_model_and_painting_a_denoiser(tmp_path: Path) 
         check_model(name)
     llava = folder(tmp_path / "llava", config=LLAVA)
     assert check_model(llava).kind is Kind.LLAVA
-    with pytest.raises(ValueError, match="it has no denoiser.*megatron-ross export --checkpoint RUN --format ross"):
+    with pytest.raises(ValueError, match=r"it has no denoiser.*megatron-ross export --checkpoint RUN --format ross"):
         check_model(llava, reconstructs=True)
 
 
@@ -178,7 +178,9 @@ def test_an_unreachable_hub_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
     begin = time.monotonic()
-    with pytest.raises(ValueError, match="no such folder, and as a hub id it cannot be downloaded: .*refused") as error:
+    with pytest.raises(
+        ValueError, match=r"no such folder, and as a hub id it cannot be downloaded: .*refused"
+    ) as error:
         check_model("nobody/nothing")
     assert "\n" not in str(error.value)
     assert time.monotonic() - begin < 5
@@ -213,5 +215,5 @@ def test_an_architecture_may_be_named_by_any_whole_model(tmp_path: Path, golden_
     assert model_of(run, str(tmp_path / "run")) == MODEL
     assert model_of(run, "qwen2-0.5b+clip-l-336") == MODEL
     assert model_of(RunConfig.from_flat({"init_from": str(tmp_path / "run")}), None) == MODEL
-    with pytest.raises(ValueError, match="model='.*': is a language model alone"):
+    with pytest.raises(ValueError, match=r"model='.*': is a language model alone"):
         model_of(run, str(golden_dir / "llm_qwen2"))

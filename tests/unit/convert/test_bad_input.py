@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+from megatron_ross.cli import import_checkpoint as importing
 from megatron_ross.convert import atomic, importer
-from megatron_ross.convert.cli import export_checkpoint, import_checkpoint, run
+from megatron_ross.convert.cli import export_checkpoint, import_checkpoint
 from megatron_ross.convert.hf_io import WeightFolder, load_torch_tensors
 from megatron_ross.convert.torch_dist_writer import LazyTensor
 
@@ -113,9 +114,7 @@ def _convert(output: Path, capsys: pytest.CaptureFixture[str], **options: object
     """Run the import tool; it must fail with code 1 and one line, which is returned, and leave nothing."""
     arguments = [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", str(value))]
     output.parent.mkdir(exist_ok=True)
-    with pytest.raises(SystemExit) as exit_:
-        run(import_checkpoint, [*arguments, "--output", str(output)])
-    assert exit_.value.code == 1
+    assert importing.main([*arguments, "--output", str(output)]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     message = [line for line in error if line.startswith("error: ")]
     assert message == error[-1:]
@@ -276,7 +275,7 @@ def test_disk_that_gets_full_while_importing(golden_arguments: dict[str, str], t
     arguments = [item for name, value in golden_arguments.items() for item in (f"--{name}", value)]
     arguments += ["--output", str(tmp_path / "out")]
     result = _limited(
-        f"from megatron_ross.convert.cli import import_checkpoint, run\nrun(import_checkpoint, {arguments!r})"
+        f"import sys; from megatron_ross.cli.import_checkpoint import main; sys.exit(main({arguments!r}))"
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: [Errno 27] cannot write: File too large")
@@ -289,7 +288,7 @@ def test_disk_that_gets_full_while_importing(golden_arguments: dict[str, str], t
 def test_disk_that_gets_full_while_exporting(format_: str, imported: Callable[[str], Path], tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(imported("qwen2_siglip")), "--output", str(tmp_path / "out"), "--format", format_]
     result = _limited(
-        f"from megatron_ross.convert.cli import export_checkpoint, run\nrun(export_checkpoint, {arguments!r})"
+        f"import sys; from megatron_ross.cli.export_checkpoint import main; sys.exit(main({arguments!r}))"
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: [Errno 27] cannot write: File too large")

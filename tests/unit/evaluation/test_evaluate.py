@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ross.cli.evaluate import main as command
 from megatron_ross.evaluation.builtin import mmvp, pope
 from megatron_ross.evaluation.main import main
 from tests.helpers import golden
@@ -189,5 +190,5 @@ def test_the_tool_starts_it(repository: Path) -> None:
     spec = importlib.util.spec_from_file_location("evaluate_tool", repository / "tools" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main is main
+    assert module.main is command
     assert sys.exit is module.sys.exit
