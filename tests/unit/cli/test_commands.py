@@ -14,7 +14,7 @@ import pytest
 from megatron_ross.cli.main import COMMANDS, main
 from tests.helpers.sources import ROOT
 
-HEAVY = ("torch", "transformers", "megatron", "numpy", "matplotlib", "diffusers", "huggingface_hub", "PIL")
+HEAVY = ("torch", "transformers", "megatron", "numpy", "matplotlib", "diffusers", "huggingface_hub")
 CPU_SECONDS = 2.0
 REFUSED = "--no-such-flag"
 WITHOUT_ARGUMENTS = {"recipe_table.py", "settings_page.py"}
