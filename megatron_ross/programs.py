@@ -14,7 +14,7 @@ _POLL_S = 0.1
 
 
 def start_program(command: Sequence[str], root: Path, output: IO[str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a command in the folder `root`, which may be the repository, one thread per rank unless OMP_NUM_THREADS says otherwise.
+    """Start a command in the folder `root`, one thread per rank unless OMP_NUM_THREADS says otherwise.
 
     Args:
         output: where both of its streams go; None: to ours.

@@ -1,10 +1,10 @@
-"""Train Ross or LLaVA on Megatron Core; every setting below is a key of a YAML file (--config) and a flag.
+"""Train Ross or LLaVA on Megatron Core: one rank, or as many as torchrun starts. Settings are flags and YAML keys.
 
     torchrun --nproc-per-node 8 -m megatron_ross.cli train --config recipe:shared/stage1 \\
         --config recipe:ross/pretrain_siglip_qwen2 --config recipe:layouts/8xh100-stage1
     megatron-ross train --dry-run --world-size 8 --gpu h100 --config ...
 
-Without torchrun it is one rank. A dry run is one process for any number of ranks: it checks configuration, checkpoint,
+A dry run is one process for any number of ranks: it checks configuration, checkpoint,
 data and memory, prints the tables, and trains nothing; it exits 1 if something would stop the training.
 """
 

@@ -86,7 +86,8 @@ def run_config(flat: dict[str, Any]) -> RunConfig:
 
 def parse_command(description: str, add_options: AddOptions, argv: Sequence[str]) -> tuple[Namespace, RunConfig]:
     """A command's own options, and the run that its other arguments configure. Raises as `parse_run_config`."""
-    parser = build_parser(description, add_options, usage="%(prog)s OPTIONS [--config FILE]... [--SETTING VALUE]...")
+    usage = "%(prog)s [OPTION]... [--config FILE]... [--SETTING VALUE]..."
+    parser = build_parser(description, add_options, usage)
     flat = parse_flat(parser, argv)
     settings = {field.name for section in SECTIONS.values() for field in fields(section)}
     own = {name: value for name, value in flat.items() if name not in settings}
