@@ -232,7 +232,7 @@ def look_up(found: Located, setting: str = "checkpoint") -> Located:
         kind, detail = kind_of_config(read_json(Path(cached)))
         return Located(found.name, kind, None, detail)
     missing = f"{setting}={shown(found.name, 300)}: no such folder{_similar(Path(found.name))}, and as a hub id"
-    if reason := _unreachable():
+    if reason := unreachable_hub():
         raise ValueError(f"{missing} it cannot be downloaded: {reason}")
     try:
         config = hf_hub_download(found.name, "config.json")
@@ -243,7 +243,7 @@ def look_up(found: Located, setting: str = "checkpoint") -> Located:
     return Located(found.name, kind, None, detail)
 
 
-def _unreachable() -> str:
+def unreachable_hub() -> str:
     """Why the hub cannot be asked; empty if it answers. The library itself tries for half a minute."""
     from huggingface_hub import constants
 

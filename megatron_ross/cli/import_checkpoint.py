@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from megatron_ross.checkpoint.locate import Kind, identify, look_up
+from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MANIFEST_NAME
 from megatron_ross.cli.command import EXIT_INTERRUPTED, parse_options, run_command
 
 
@@ -51,7 +52,11 @@ def check_sources(**sources: str | None) -> None:
     for option, name in sources.items():
         if name is None:
             continue
-        found = look_up(identify(name, option), option) if option == "checkpoint" else identify(name, option)
+        if option in _COMPONENTS and Path(name).exists() and not _is_described(Path(name)):
+            continue  # weights in a format of their own, which the import judges
+        found = identify(name, option)
+        if option == "checkpoint":
+            found = look_up(found, option)
         where = f"{option}={name!r}: is {found.kind.value}{found.detail}"
         if found.kind in (Kind.RUN, Kind.CHECKPOINT):
             raise ValueError(
@@ -63,6 +68,10 @@ def check_sources(**sources: str | None) -> None:
             raise ValueError(f"{where}, no whole model; give it as --{belongs.replace('_', '-')}")
         if option == "llm" and found.kind in (Kind.ROSS, Kind.LLAVA, Kind.ORIGINAL_LLAVA):
             raise ValueError(f"{where}, a whole model; give it as --checkpoint")
+
+
+def _is_described(path: Path) -> bool:
+    return any((path / name).exists() for name in ("config.json", MANIFEST_NAME, LATEST_NAME, CHECKPOINTS_NAME))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from megatron_ross.checkpoint.locate import Kind, Located, identify, look_up, megatron_checkpoint
+from megatron_ross.checkpoint.locate import Kind, Located, identify, look_up, megatron_checkpoint, unreachable_hub
 from megatron_ross.checkpoint.manifest import MANIFEST_NAME
 from megatron_ross.text_files import replace_text
 
@@ -52,7 +52,7 @@ def exported_folder(
         return found.path
     from megatron_ross.huggingface.hub import local_folder  # imports transformers, which takes seconds
 
-    return local_folder(checkpoint)
+    return local_folder(checkpoint, local_files_only=bool(unreachable_hub()))
 
 
 def check_model(checkpoint: str, *, reconstructs: bool = False) -> Located:

@@ -159,12 +159,20 @@ def test_import_says_which_option_takes_it(
     assert message in error
 
 
+def test_weights_in_a_format_of_their_own_are_left_to_the_import(tmp_path: Path) -> None:
+    (tmp_path / "flux").mkdir()
+    weights = tmp_path / "flux" / "ae.safetensors"
+    weights.touch()
+    importing.check_sources(llm="owner/name", vision_tower="owner/name", vae=str(weights.parent), checkpoint=None)
+    importing.check_sources(llm="owner/name", vision_tower="owner/name", vae=str(weights), checkpoint=None)
+
+
 def test_a_mistyped_path_is_not_only_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "exports" / "ross-qwen2", config=ROSS)
     with pytest.raises(ValueError, match=r"no such folder \(did you mean exports/ross-qwen2\?\)"):
         megatron_checkpoint("exports/ross-qwn2", "init_from")
-    monkeypatch.setattr(locate, "_unreachable", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(locate, "unreachable_hub", lambda: "HF_HUB_OFFLINE is set")
     with pytest.raises(ValueError, match=r"\(did you mean exports/ross-qwen2\?\), and as a hub id it cannot be down"):
         check_model("exports/ross-qwn2")
     for name in ("./exports/ross-qwn2", str(tmp_path / "exports/ross-qwn2"), "exports/a/b"):
