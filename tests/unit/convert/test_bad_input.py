@@ -217,8 +217,9 @@ def test_options_that_do_not_go_together(golden_dir: Path, tmp_path: Path, capsy
     assert "give --checkpoint, or both" in _convert(output, capsys, llm=golden_dir / "llm_qwen2")
     both = {"checkpoint": golden_dir / "ross_qwen2_siglip", "llm": golden_dir / "llm_qwen2"}
     assert "--checkpoint is a whole model" in _convert(output, capsys, **both)
-    assert "neither a folder nor a hub id" in _convert(output, capsys, checkpoint="no such folder")
-    assert "cannot download nobody/nothing" in _convert(output, capsys, checkpoint="nobody/nothing")
+    assert "checkpoint='nowhere at all': no such folder" in _convert(output, capsys, checkpoint="nowhere at all")
+    offline = _convert(output, capsys, checkpoint="nobody/nothing")
+    assert "checkpoint='nobody/nothing': no such folder, and as a hub id it cannot be" in offline
 
 
 class _Hostile:
