@@ -1,6 +1,7 @@
 """What all commands share: options of their own, read before anything large is imported, and exit statuses.
 
-0: done. 1: one line says what was wrong, or the answer is no (broken samples, a run that would stop). 130: interrupted.
+0: done. 1: one line says what was wrong, or the answer is no (broken samples, a run that would stop). 130: interrupted;
+75: a conversion was, and nothing was written.
 """
 
 from __future__ import annotations

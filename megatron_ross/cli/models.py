@@ -9,6 +9,7 @@ from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.training.start import start_of
 
 MODEL_OPTION_HELP = (
     "LLM+TOWER, e.g. qwen2-7b+siglip-so400m, or what names a checkpoint: run folder, Megatron checkpoint, exported "
@@ -28,11 +29,9 @@ def model_of(run: RunConfig, model: str | None, *, llava: bool = False) -> RossM
         return known_model(model, reconstructs=not llava)
     if model:
         return _described(model)
-    start = run.training.load if run.training.load and Path(run.training.load).is_dir() else run.training.init_from
-    if not start:
+    if not run.training.load and not run.training.init_from:
         raise ConfigError("init_from='': name a checkpoint whose model to plan for, or give --model")
-    setting = "load" if start == run.training.load else "init_from"
-    return Manifest.read(megatron_checkpoint(start, setting)).model
+    return start_of(run).manifest.model
 
 
 def _described(name: str) -> RossModelConfig:

@@ -43,6 +43,8 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, RunConfig]:
         ConfigError: as `parse_command`; or an option of the dry run without it.
     """
     options, run = parse_command(__doc__.splitlines()[0], add_options, argv)
+    if options.dry_run and not asks_for_dry_run(argv):
+        raise ConfigError("dry_run=true: is no setting of a file; give the flag --dry-run")
     for name in _ONLY_DRY:
         value = getattr(options, name)
         if value is not None and not options.dry_run:

@@ -129,6 +129,14 @@ def test_a_gpu_that_is_too_small_stops_a_run(check: Any, monkeypatch: pytest.Mon
     assert out.splitlines()[-1] == "dry run: 1 thing(s) would stop this run"
 
 
+def test_a_file_cannot_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It would train where a dry run was meant."""
+    monkeypatch.setattr(training, "_leave", lambda code, rank, message, **more: print(message) or code)
+    (tmp_path / "run.yaml").write_text("dry_run: true\n")
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 1
+    assert "give the flag --dry-run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--world-size=2", "--gpu=h100", "--dry-run-samples=3"])
 def test_its_options_belong_to_it(flag: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(training, "_leave", lambda code, rank, message, **more: print(message) or code)
