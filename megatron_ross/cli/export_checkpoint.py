@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse import ArgumentParser
 
@@ -18,9 +17,9 @@ def add_options(parser: ArgumentParser) -> None:
     add("--checkpoint", type=Path, required=True, help=checkpoint)
     add("--output", type=Path, required=True, help="folder to create")
     formats = "ross: the published composite; llava: stock transformers class; adapters: projector and denoiser files"
-    add("--format", type=Literal["ross", "llava", "adapters"], default="ross", help=formats)
-    dtypes = Literal["stored", "float32", "bfloat16", "float16"]
-    add("--dtype", type=dtypes, default="stored", help="of the written tensors; stored changes nothing")
+    add("--format", choices=("ross", "llava", "adapters"), default="ross", help=formats)
+    dtypes = ("stored", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="stored", help="of the written tensors; stored changes nothing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
