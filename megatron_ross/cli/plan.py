@@ -37,10 +37,10 @@ def add_options(parser: ArgumentParser) -> None:
     add("--top", type=int, default=10, help="how many plans to print")
     add("--json", type=Path | None, default=None, help="write the printed plans to this file")
     workload = parser.add_argument_group("means over the data, per sample (default: assumed from the template)")
-    for name in WORKLOAD[:3]:
-        workload.add_argument(f"--{name.replace('_', '-')}", type=float | None, default=None)
-    packed = "computed tokens per real token; 1 when samples are packed"
-    workload.add_argument("--padding", type=float | None, default=None, help=packed)
+    texts = ("tokens of text", "tokens that are trained on", "images")
+    padding = "computed tokens per real token; 1 when samples are packed"
+    for name, text in zip(WORKLOAD, (*texts, padding), strict=True):
+        workload.add_argument(f"--{name.replace('_', '-')}", type=float | None, default=None, help=text)
 
 
 def workload_of(options: Namespace, run: RunConfig) -> Workload:
