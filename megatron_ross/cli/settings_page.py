@@ -24,7 +24,7 @@ not among them: it comes with the checkpoint.
 
 def settings_page() -> str:
     """The whole page."""
-    texts = {action.dest: action.help for action in build_parser("")._actions}
+    texts = {action.dest: action.help or "" for action in build_parser("")._actions}
     return "\n".join([HEAD, *(_section(section, texts) for section in SECTIONS.values())])
 
 
