@@ -35,6 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         help="folder for the table and the answers; calls for one checkpoint add to it",
     )
     add("--export-format", choices=("ross", "llava"), default="ross", help="of training checkpoints")
+    add("--reuse", type=bool, default=True, help="take up what an earlier call into --output has scored or answered")
     add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
     add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
     add("--template", type=str | None, default=None, help="qwen_2, v1, llava_v1, llama3 or plain")
