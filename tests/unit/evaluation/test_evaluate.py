@@ -12,9 +12,9 @@ import pytest
 
 from megatron_ross.cli.evaluate import main as command
 from megatron_ross.evaluation.builtin import mmvp, pope
+from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.builtin.run import MMVP_DECODING
 from megatron_ross.evaluation.command_line import MMVP_DECODINGS, POPE_PROMPTS
-from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.main import main
 from tests.helpers import golden
 from tests.helpers.evaluation_data import MMVP_ROWS, write_mmvp, write_pope
