@@ -93,12 +93,14 @@ def checked_start(
 
     quieten()
     from megatron_ross.config.features import resolve_features
-    from megatron_ross.training.latents import check_latent_cache
 
     machine = available()
     if machine is not None:
         resolve_features(run, machine)
-    check_latent_cache(run, start.directory)
+    if run.data.latent_cache:
+        from megatron_ross.training.latents import check_latent_cache  # imports Megatron and diffusers
+
+        check_latent_cache(run, start.directory)
     return start, layout
 
 
