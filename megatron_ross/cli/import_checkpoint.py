@@ -1,6 +1,7 @@
 """Convert Hugging Face checkpoints into one Megatron checkpoint that every parallel layout loads (docs/checkpoints.md).
 
-Give either --checkpoint, or --llm and --vision-tower (and --vae, unless plain LLaVA is wanted).
+Give either --checkpoint, or --llm and --vision-tower (and --vae, unless plain LLaVA is wanted). With --checkpoint and
+--vae, a model that has no denoiser yet gets one: LLaVA becomes Ross.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ def add_options(parser: ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="folder to create")
     llm = "language model, folder or hub id (Qwen2, Qwen2.5, Vicuna, Llama-2, Llama-3)"
     add("--llm", type=str | None, default=None, help=llm)
-    tower = "SigLIP, SigLIP2 or CLIP, folder or hub id. With --checkpoint: only its config is read"
+    tower = "SigLIP, SigLIP2 or CLIP, folder or hub id. With --checkpoint: read where that lacks config or weights"
     add("--vision-tower", type=str | None, default=None, help=tower)
-    vae = "FLUX-type AutoencoderKL, folder or hub id. With --checkpoint: only its config is read"
+    vae = (
+        "FLUX-type AutoencoderKL, folder or hub id, or FLUX's ae.safetensors. With a --checkpoint that has a denoiser: "
+        "read where that lacks the auto-encoder's config"
+    )
     add("--vae", type=str | None, default=None, help=vae)
-    whole = "whole model, folder or hub id: published Ross composite or stock LLaVA"
+    whole = "whole model, folder or hub id: published Ross composite, stock LLaVA, LLaVA in its original format"
     add("--checkpoint", type=str | None, default=None, help=whole)
-    add("--projector-type", type=str, default="mlp2x_gelu", help="identity, linear or mlpNx_gelu")
-    add("--denoiser-type", type=str, default="denoiser_vit3x", help="denoiser_vitNx")
+    projector = "identity, linear or mlpNx_gelu; default: mlp2x_gelu"
+    add("--projector-type", type=str | None, default=None, help=projector)
+    denoiser = "denoiser_vitNx; default: denoiser_vit3x"
+    add("--denoiser-type", type=str | None, default=None, help=denoiser)
     width = "default: of the adapter file, else 1024 (1280 at depth 8, 1536 at depth 12)"
     add("--denoiser-width", type=int | None, default=None, help=width)
     add("--mm-projector", type=Path | None, default=None, help="published mm_projector.bin; default: fresh")
