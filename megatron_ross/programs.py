@@ -34,7 +34,7 @@ def end_with_launcher() -> None:
 
 
 def start_program(command: Sequence[str], root: Path, output: IO[str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a command of the repository `root`, one thread per rank unless OMP_NUM_THREADS says otherwise.
+    """Start a command in the folder `root`, one thread per rank unless OMP_NUM_THREADS says otherwise.
 
     Args:
         output: where both of its streams go; None: to ours.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
-from megatron_ross.config.json_files import read_json
+from megatron_ross.checkpoint.locate import Kind, identify
 from megatron_ross.convert.inference_files import template_end_ids, with_ends
 from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.data.images import open_decodable
@@ -173,7 +173,9 @@ def load_for_inference(
     stored = "auto" if torch.device(device).type == "cuda" else torch.float32
     chosen = _DTYPES.get(dtype, stored)
     folder = local_folder(checkpoint)
-    if read_json(folder / "config.json").get("model_type") == "llava":
+    found = identify(folder)
+    found.require("checkpoint", Kind.ROSS, Kind.LLAVA)
+    if found.kind is Kind.LLAVA:
         model, processor = _load_llava(folder, chosen, template)
     else:
         model = RossForConditionalGeneration.from_pretrained(folder, dtype=chosen, vision_tower=vision_tower, vae=vae)

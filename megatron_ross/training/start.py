@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+from megatron_ross.checkpoint.locate import Kind, identify, megatron_checkpoint
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
@@ -37,7 +38,7 @@ def start_of(run: RunConfig) -> Start:
         ValueError: the checkpoint cannot be used; to a run that resumes, the message offers the one before.
     """
     resumed = resumed_checkpoint(run)
-    directory = resumed or resolve_checkpoint(checkpoints_of(run.training.init_from))
+    directory = resumed or megatron_checkpoint(run.training.init_from, "init_from")
     try:
         return Start(directory, Manifest.read(directory), resumed is not None)
     except ValueError as error:
@@ -63,6 +64,8 @@ def resumed_checkpoint(run: RunConfig) -> Path | None:
     if not run.training.load:
         return None
     root = checkpoints_of(run.training.load)
+    if (Path(run.training.load) / "config.json").is_file():
+        identify(run.training.load, "load").require("load", Kind.RUN, Kind.CHECKPOINT)
     named = iteration_of(root)
     if named is not None:
         _check_named(run, root, named)

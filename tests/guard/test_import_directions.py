@@ -23,6 +23,7 @@ LAYERS = [
     {"checkpoint", "convert"},
     {"training", "huggingface", "evaluation"},
     {"parity"},
+    {"cli"},
 ]
 
 # Only the standard library, so that they run on a laptop without torch; exceptions by file.
@@ -60,6 +61,8 @@ HEAVY = {
         "megatron_ross/convert/*",
         "megatron_ross/huggingface/*",
         "megatron_ross/evaluation/*",
+        "megatron_ross/parity/preprocessing.py",
+        "megatron_ross/cli/*",
         "tools/*",
         "examples/*",
     ],

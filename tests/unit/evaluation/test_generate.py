@@ -165,7 +165,7 @@ def test_tool_chats(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", str(golden.GOLDEN / "llm_qwen2"), "--question", "hi"], "model_type is 'qwen2'"),
+        (["--checkpoint", str(golden.GOLDEN / "llm_qwen2"), "--question", "hi"], "(model_type 'qwen2'); make"),
         (
             ["--checkpoint", str(golden.checkpoint_dir("llama_clip")), "--image", str(golden.GOLDEN / "README.md")],
             "README.md' cannot be decoded",
