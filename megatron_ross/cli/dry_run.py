@@ -193,7 +193,7 @@ def _what_stops(run: RunConfig, survey: Survey) -> list[str]:
 def _length_of_run(run: RunConfig, data: TrainingSet, survey: Survey) -> str:
     """The steps of the run; packing needs the length of every sample, so they are estimated there."""
     from megatron_ross.training.data import build_order
-    from megatron_ross.training.trainer import num_iterations
+    from megatron_ross.training.schedule import num_iterations
 
     plain = replace(run, data=replace(run.data, packing=False, group_by_modality_length=False))
     steps = num_iterations(plain, build_order(plain, data))
