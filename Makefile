@@ -19,6 +19,8 @@ EVAL_READY := $(VENV)/.ready-eval
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 
+# A clone of VLMEvalKit, for test-eval: it is on no package index.
+VLMEVALKIT ?=
 # How many test files run at the same time; tests/conftest.py limits each to one thread.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
@@ -67,7 +69,7 @@ test-faults: $(READY) ## all of docs/reliability.md: kills, lost machines, full 
 test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, without network
 	@$(BIN)/python -c 'import lmms_eval' || { \
 		echo "error: lmms-eval cannot be imported in $(VENV) (see above): rm $(EVAL_READY), then make test-eval" >&2; exit 1; }
-	@$(ON_CPU) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation -m eval
+	@$(ON_CPU) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 VLMEVALKIT="$(VLMEVALKIT)" $(BIN)/python -m pytest tests/evaluation -m eval
 
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(SEES_GPU) || { echo "error: make test-gpu needs a CUDA GPU, and torch sees none" >&2; exit 1; }

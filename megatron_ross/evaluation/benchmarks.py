@@ -63,8 +63,9 @@ def job(name: str, framework: Framework | None = None) -> Job:
     """What to run for a name on the command line.
 
     Args:
-        name: of a benchmark; with a framework other than builtin, also any task of that framework.
-        framework: default: the one whose figures were published.
+        name: of a benchmark, or a framework's own name of it; with a framework other than builtin, also any other task
+            of that framework.
+        framework: default: the one whose own name it is, else the one whose figures were published.
 
     Raises:
         ValueError: unknown name, or the framework does not have the benchmark.
@@ -77,6 +78,10 @@ def job(name: str, framework: Framework | None = None) -> Job:
                 f"{name} is not in {chosen}; --framework can be {' or '.join(known[name].frameworks)} for it"
             )
         return Job(known[name], chosen)
+    for benchmark in known.values():  # a framework's own name of a benchmark in the table
+        for one, task in benchmark.frameworks.items():
+            if task.task == name and framework in (None, one):
+                return Job(benchmark, one)
     if framework in ("lmms-eval", "vlmevalkit"):
         return Job(Benchmark(name, name, framework, {framework: TaskOfFramework(name)}), framework)
     near = difflib.get_close_matches(name, known, n=2)

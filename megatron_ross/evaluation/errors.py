@@ -27,27 +27,32 @@ class FrameworkError(ValueError):
 
 
 @contextmanager
-def framework_errors(framework: str, tasks: str, output: Path, install: str) -> Iterator[None]:
-    """Turn whatever a framework raises, or its attempt to exit, into a FrameworkError; the traceback goes to LOG_FILE.
+def framework_errors(
+    framework: str, tasks: str, output: Path, install: str, *, passes: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn whatever a framework raises, or its attempt to exit, into a FrameworkError; the traceback is added to
+    LOG_FILE.
 
     Args:
         framework: its name, for messages.
         tasks: what it was asked to run, for messages.
         output: folder for LOG_FILE.
         install: how to install the framework, for messages.
+        passes: errors that already say what to do, raised as they are.
 
     Raises:
         FrameworkError: the block failed.
     """
     try:
         yield
-    except FrameworkError:
+    except (FrameworkError, *passes):
         raise
     except (Exception, SystemExit) as error:
         cause = _first_cause(error)
         output.mkdir(parents=True, exist_ok=True)
         log = output / LOG_FILE
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"== {framework}: {tasks}\n{''.join(traceback.format_exception(error))}\n")
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         if isinstance(cause, ImportError):
             raise FrameworkError(

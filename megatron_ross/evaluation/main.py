@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from megatron_ross.evaluation import results as results_module
 from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
 from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.builtin.pope import PROMPTS
-from megatron_ross.evaluation.chat_model import ChatModel
 from megatron_ross.evaluation.exports import exported_folder, fingerprint
+from megatron_ross.evaluation.frameworks import OPENERS, Runner, builtin_options
 from megatron_ross.evaluation.lmms_eval import run as lmms
-from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS, preset
-from megatron_ross.evaluation.vlmevalkit import run as vlmevalkit
+from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS
+from megatron_ross.evaluation.ranks import RanksApart, wait_for_other_ranks
 from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py
 
 _RECORDED_PACKAGES = ("megatron-ross", "torch", "transformers", "lmms_eval", "vlmeval")
@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
         help="folder for the table and the answers; calls for one checkpoint add to it",
     )
     add("--export-format", choices=("ross", "llava"), default="ross", help="of training checkpoints")
+    add("--reuse", type=bool, default=True, help="take up what an earlier call into --output has scored or answered")
     add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
     add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
     add("--template", type=str | None, default=None, help="qwen_2, v1, llava_v1, llama3 or plain")
@@ -69,27 +70,42 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 after a one-line error."""
+    """Exit status: 0 if every task has a score; otherwise 1, and the last line on stderr says what is missing."""
     args = parse(arguments)
     try:
-        found = evaluate(args)
+        found, missing = evaluate(args)
     except (ValueError, OSError) as error:
-        # A framework's progress bar may have left the cursor in the middle of a line.
-        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     for entry in found:
         shown = entry.scores if entry.percent is None else {entry.metric: entry.percent}
         print(f"{entry.benchmark} ({entry.framework}): " + "  ".join(f"{n} {v:.1f}" for n, v in shown.items()))
     if found:
         print(args.output / results_module.RESULTS_MD)
-    return 0
+    if not missing:
+        return 0
+    names = ", ".join(name.partition(" ")[2] for name in missing)
+    reason = next(iter(missing.values())) if len(missing) == 1 else "not every benchmark has a score, see above"
+    return _fail(f"{reason}; missing: {names}; the same command asks for nothing else again")
 
 
-def evaluate(args: Namespace) -> list[results_module.Result]:
-    """Run everything; results on the first rank only.
+def _fail(message: str) -> int:
+    _say(message)
+    return 1
+
+
+def _say(message: str) -> None:
+    # A framework's progress bar may have left the cursor in the middle of a line.
+    print(f"\nerror: {' '.join(message.split())}", file=sys.stderr)
+
+
+def evaluate(args: Namespace) -> tuple[list[results_module.Result], results_module.Missing]:
+    """Run everything and save after every benchmark.
+
+    Returns:
+        Results and failures of this command's tasks, earlier ones that are taken up included; on the first rank only.
 
     Raises:
-        ValueError: bad input, or a framework failed.
+        ValueError: bad input, or, on one of several ranks, a benchmark failed there while the others go on with it.
     """
     jobs = [job(name.strip(), args.framework) for name in args.tasks.split(",") if name.strip()]
     if not jobs:
@@ -98,18 +114,90 @@ def evaluate(args: Namespace) -> list[results_module.Result]:
     folder = exported_folder(args.checkpoint, args.export_format, rank=_rank())
     settings = _settings(args, folder)
     earlier = results_module.earlier_results(args.output, settings)
-    scores: dict[str, dict[str, float]] = {}
-    for framework, run in _RUNNERS.items():
-        names = [j for j in jobs if j.framework == framework]
-        if names:
-            scores |= run(args, str(folder), names)
+    record = _Record(args.output, earlier, results_module.read_missing(args.output), settings)
+    todo = [j for j in jobs if not (args.reuse and record.takes_up(j))]
+    # What crashed or stood still the last time must not keep the others from being asked.
+    todo.sort(key=lambda j: results_module.missing_key(j) in record.missing)
+    for framework, opener in OPENERS.items():
+        of_framework = [j for j in todo if j.framework == framework]
+        if of_framework:
+            try:
+                _ask(of_framework, partial(opener, args, str(folder), of_framework), record)
+            except RanksApart as error:
+                found, _ = record.of(jobs)
+                left = [j.benchmark.name for j in jobs if j.benchmark.name not in {entry.benchmark for entry in found}]
+                raise ValueError(f"{error}; missing: {', '.join(left)}") from error
             gc.collect()  # the model of one framework goes before the next comes
-    if _rank():
-        return []
-    found = [results_module.result(j, scores[j.benchmark.name], settings) for j in jobs]
-    results_module.write_results(args.output, [*earlier, *found])
-    results_module.check_headlines(found)
-    return found
+    return ([], {}) if _rank() else record.of(jobs)
+
+
+class _Record:
+    """Results and failures so far, on disk after every change; only the first rank writes."""
+
+    def __init__(
+        self,
+        output: Path,
+        results: list[results_module.Result],
+        missing: results_module.Missing,
+        settings: dict[str, Any],
+    ) -> None:
+        self.output, self.results, self.missing, self.settings = output, list(results), dict(missing), settings
+
+    def takes_up(self, j: Job) -> bool:
+        """Whether an earlier call has scored it with the same settings."""
+        found = any(results_module.is_finished(entry, j, self.settings) for entry in self.results)
+        if found and not _rank():
+            print(f"{j.benchmark.name} ({j.framework}): taken up from {self.output / results_module.RESULTS_JSON}")
+        return found
+
+    def begins(self, j: Job) -> None:
+        self.fails(j, "it was being asked when the process ended")
+
+    def succeeds(self, j: Job, scores: dict[str, float]) -> None:
+        """Raises FrameworkError: the metric of the table is not among the scores, which are kept all the same."""
+        entry = results_module.result(j, scores, self.settings)
+        self.results.append(entry)
+        self.missing.pop(results_module.missing_key(j), None)
+        self._write()
+        results_module.check_headlines([entry])
+
+    def fails(self, j: Job, reason: str) -> None:
+        self.missing[results_module.missing_key(j)] = reason
+        self._write()
+
+    def _write(self) -> None:
+        if not _rank():
+            results_module.write_results(self.output, self.results, self.missing)
+
+    def of(self, jobs: Sequence[Job]) -> tuple[list[results_module.Result], results_module.Missing]:
+        """Results and failures of `jobs`, in their order."""
+        newest = {(entry.benchmark, entry.framework): entry for entry in self.results}
+        keys = [(j.benchmark.name, j.framework) for j in jobs]
+        lost = {key: self.missing[key] for j in jobs if (key := results_module.missing_key(j)) in self.missing}
+        return [newest[key] for key in keys if key in newest], lost
+
+
+def _ask(jobs: Sequence[Job], open_runner: Callable[[], Runner], record: _Record) -> None:
+    """Ask a framework for its benchmarks; one that fails costs only itself."""
+    try:
+        runner = open_runner()
+    except (ValueError, OSError) as error:
+        for j in jobs:
+            record.fails(j, str(error))
+        _say(f"{jobs[0].framework}: {error}")
+        return
+    for number, j in enumerate(jobs):
+        record.begins(j)
+        failure = ""
+        try:
+            scores = runner(j)
+            if not _rank():
+                record.succeeds(j, scores)
+        except (ValueError, OSError) as error:
+            failure = str(error)
+            record.fails(j, failure)
+            _say(f"{j.benchmark.name} ({j.framework}): {failure}")
+        wait_for_other_ranks(f"{j.framework} {number}", failure)
 
 
 def check(args: Namespace, jobs: Sequence[Job]) -> None:
@@ -121,53 +209,11 @@ def check(args: Namespace, jobs: Sequence[Job]) -> None:
         find_run_py(args.vlmevalkit)
         if args.limit is not None:
             raise ValueError("VLMEvalKit asks all questions: leave out --limit, or choose --framework lmms-eval")
-    for j in jobs:
-        if j.framework == "builtin":
-            builtin.check_options(j.task.task, _builtin_options(args))
     if "builtin" in wanted and _world_size() > 1:
         raise ValueError("built-in tasks run in one process: leave out torchrun, or choose --framework lmms-eval")
-
-
-def _run_builtin(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-    model = ChatModel.load(folder, preset(args.preset, "builtin"), **_loading(args))
-    scores = {}
     for j in jobs:
-        found = builtin.run_task(j.task.task, model, _builtin_options(args), args.output)
-        results_module.write_rows(args.output / "samples" / "builtin" / f"{j.task.task}.jsonl", found.rows)
-        scores[j.benchmark.name] = found.scores
-    return scores
-
-
-def _run_lmms(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-    model = {"pretrained": folder, "settings": args.preset, "batch_size": args.batch_size, **_loading(args)}
-    ocr = preset(args.preset, "lmms-eval").ocr_tokens
-    found = lmms.run_tasks(
-        model,
-        [j.task.task for j in jobs],
-        args.output,
-        overrides=lmms.OCR_TOKENS if ocr else None,
-        limit=args.limit,
-        include_path=args.include_path,
-        interface=args.lmms_interface,
-    )
-    return {j.benchmark.name: found.get(j.task.task, {}) for j in jobs}
-
-
-def _run_vlmevalkit(args: Namespace, folder: str, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-    model = {"model_path": folder, "settings": args.preset, **_loading(args)}
-    found = vlmevalkit.run_tasks(model, [j.task.task for j in jobs], args.output, source=args.vlmevalkit)
-    return {j.benchmark.name: found.get(j.task.task, {}) for j in jobs}
-
-
-_RUNNERS = {"builtin": _run_builtin, "lmms-eval": _run_lmms, "vlmevalkit": _run_vlmevalkit}
-
-
-def _loading(args: Namespace) -> dict[str, Any]:
-    return {"device": args.device, "dtype": args.dtype, "template": args.template}
-
-
-def _builtin_options(args: Namespace) -> builtin.BuiltinOptions:
-    return builtin.BuiltinOptions(**{field.name: getattr(args, field.name) for field in fields(builtin.BuiltinOptions)})
+        if j.framework == "builtin":
+            builtin.check_options(j.task.task, builtin_options(args))
 
 
 def _settings(args: Namespace, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron_ross.evaluation.errors import FrameworkError
 from megatron_ross.text_files import replace_text
 
 PUBLISHED = Path(__file__).with_name("published.json")
-RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
+RESULTS_JSON, RESULTS_MD, MISSING_JSON = "results.json", "results.md", "missing.json"
 _SHARED = ("export", "fingerprint", "preset")
 """Settings that all results of a folder have in common."""
 AS_PUBLISHED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -37,6 +37,17 @@ AS_PUBLISHED: dict[str, dict[str, tuple[Any, ...]]] = {
 with the values that do not depart from the preset `published`; the first is the default."""
 
 
+_ASKED_BY: dict[str, tuple[str, ...]] = {
+    "all": ("fingerprint", "preset", "limit", "template", "dtype", "versions"),
+    "lmms-eval": ("include_path", "lmms_interface"),
+    "vlmevalkit": ("vlmevalkit",),
+    "builtin mmvp": ("mmvp_data", "decoding", "corrected_labels", "lenient", "seed"),
+    "builtin pope": ("pope_data", "pope_images", "pope_prompt", "seed"),
+    "builtin reconstruction": ("reconstruction_images", "reconstruction_steps", "seed"),
+}
+"""Settings on which scores depend, by what they apply to; the groups of AS_PUBLISHED with data and versions."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Scores of one benchmark."""
@@ -49,7 +60,7 @@ class Result:
     metric: str | None
     """The one in the table."""
     percent: float | None
-    """Its value; None if it is unknown which metric that is, or the framework did not give it."""
+    """Its value, as the framework scales it for tasks that are not in benchmarks.yaml; None if it was not given."""
     as_published: bool
     """Whether framework, preset and all options are those of the published figures."""
     settings: dict[str, Any]
@@ -59,11 +70,27 @@ class Result:
 def result(job: Job, scores: dict[str, float], settings: dict[str, Any]) -> Result:
     """Scores of a job with its headline."""
     task = job.task
-    value = scores.get(task.metric) if task.metric is not None else None
+    metric = task.metric or _headline(scores)
+    value = None if metric is None else scores.get(metric)
     percent = None if value is None else value * task.scale
     same = _is_published_with(job.benchmark.name, job.framework) and settings["preset"] == "published"
     same = same and not _departures(job.framework, task.task, settings)
-    return Result(job.benchmark.name, job.framework, task.task, scores, task.metric, percent, same, settings)
+    return Result(job.benchmark.name, job.framework, task.task, scores, metric, percent, same, settings)
+
+
+def _headline(scores: dict[str, float]) -> str | None:
+    """The metric for the table of a task that benchmarks.yaml does not know: an overall one, else the first."""
+    overall = (name for name in scores if name.rpartition(".")[2].lower() in ("overall", "final score", "average"))
+    return next(overall, next(iter(scores), None))
+
+
+def is_finished(entry: Result, job: Job, settings: dict[str, Any]) -> bool:
+    """Whether an earlier result is the score that asking `job` with `settings` again would give."""
+    if (entry.benchmark, entry.framework) != (job.benchmark.name, job.framework) or entry.percent is None:
+        return False
+    groups = ("all", job.framework, f"{job.framework} {job.task.task}")
+    names = [name for group in groups for name in _ASKED_BY.get(group, ())]
+    return all(entry.settings.get(name) == settings.get(name) for name in names)
 
 
 def _departures(framework: str, task: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -130,18 +157,45 @@ def earlier_results(output: Path, settings: dict[str, Any]) -> list[Result]:
     return results
 
 
-def write_results(output: Path, results: Sequence[Result]) -> None:
-    """Write RESULTS_JSON and RESULTS_MD.
+Missing = dict[str, str]
+"""Why there is no score: "FRAMEWORK BENCHMARK" -> reason."""
+
+
+def missing_key(job: Job) -> str:
+    """Its key in `Missing`."""
+    return f"{job.framework} {job.benchmark.name}"
+
+
+def read_missing(output: Path) -> Missing:
+    """What earlier calls could not score, or were asking when they ended."""
+    file = output / MISSING_JSON
+    if not file.is_file():
+        return {}
+    try:
+        return {str(name): str(reason) for name, reason in read_json(file).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): remove it") from None
+
+
+def write_results(output: Path, results: Sequence[Result], missing: Missing | None = None) -> None:
+    """Write RESULTS_JSON and RESULTS_MD if there are results, and MISSING_JSON if there is something missing.
 
     Args:
         output: folder, made if it does not exist.
         results: in their order; of two for the same benchmark and framework, the later one counts.
+        missing: what has no score.
     """
     newest = list({(entry.benchmark, entry.framework): entry for entry in results}.values())
-    summary = {"results": [asdict(entry) for entry in newest]}
     output.mkdir(parents=True, exist_ok=True)
-    replace_text(output / RESULTS_JSON, json.dumps(summary, indent=1) + "\n")
-    (output / RESULTS_MD).write_text(markdown(newest), encoding="utf-8")
+    if missing:
+        replace_text(output / MISSING_JSON, json.dumps(missing, indent=1) + "\n")
+    else:
+        (output / MISSING_JSON).unlink(missing_ok=True)
+    if newest:
+        replace_text(
+            output / RESULTS_JSON, json.dumps({"results": [asdict(entry) for entry in newest]}, indent=1) + "\n"
+        )
+        replace_text(output / RESULTS_MD, markdown(newest, missing))
 
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -150,7 +204,7 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result], missing: Missing | None = None) -> str:
     """The table, one line for each benchmark, and notes below."""
     models = list(published())
     mark = "" if results[0].settings["preset"] == "published" else " †"
@@ -162,7 +216,8 @@ def markdown(results: Sequence[Result]) -> str:
         figures = [published()[model].get(entry.benchmark) for model in models]
         cells = [_label(entry), _framework(entry), entry.metric or "", _shown(entry.percent)]
         lines.append("| " + " | ".join([*cells, *map(_shown, figures)]) + " |")
-    return "\n".join([*lines, "", *_notes(results)]) + "\n"
+    without = [f"No score: {name}: {reason}" for name, reason in (missing or {}).items()]
+    return "\n".join([*lines, "", *_notes(results), *without]) + "\n"
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
@@ -176,6 +231,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
         notes.append("† not asked as for the published figures: `--preset published` does that (docs/evaluation.md).")
     if not all(_is_published_with(e.benchmark, e.framework) for e in results):
         notes.append("* not the framework of the published figures: prompts and scoring differ.")
+    own = [e.benchmark for e in results if e.benchmark not in benchmarks()]
+    if own:
+        notes.append(
+            f"As the framework scales them, with one of their metrics: {', '.join(own)}; {RESULTS_JSON} has all."
+        )
     limits = [f"{_label(e)} {e.settings['limit']}" for e in results if e.settings.get("limit")]
     if limits:
         notes.append(f"Only the first questions were asked: {', '.join(limits)}.")

@@ -246,3 +246,24 @@ def test_failures_end_with_status_1_and_one_line(
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert not (tmp_path / "results" / "results.json").exists()
+
+
+def test_a_task_that_crashes_costs_only_itself_on_one_and_two_ranks(
+    stored: Stored, local: Local, tmp_path: Path
+) -> None:
+    """With two, toy_crash fails on both, and toy_missing on the first while the second waits
+    for it: the call ends, and the same command asks for what is left, with the tasks that failed last."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "ACCELERATE_USE_CPU": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher, name, calls in ((torchrun, "two", 2), ([], "one", 1)):
+        words = [sys.executable, *launcher, str(ROOT / "tools" / "evaluate.py")]
+        words += command(stored.composite, local, tmp_path / name, "toy_crash,toy_missing,toy_generate")
+        for _ in range(calls):
+            done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 1
+            assert "missing: toy_crash, toy_missing" in done.stderr
+        (entry,) = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        assert (entry["task"], entry["metric"], entry["percent"]) == ("toy_generate", "right", 0.75)
+        table = (tmp_path / name / "results.md").read_text()
+        assert "| toy_generate | lmms-eval | right | 0.8 |" in table
+        assert "No score: lmms-eval toy_crash: lmms-eval failed in toy_crash (KeyError: " in table

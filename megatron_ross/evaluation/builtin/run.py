@@ -61,7 +61,7 @@ def check_options(task: str, options: BuiltinOptions) -> None:
     """Refuse, before a model is loaded, what cannot work.
 
     Raises:
-        ValueError: unknown task, missing data, or an impossible setting.
+        ValueError: unknown task, missing or wrong data, or an impossible setting.
     """
     needed: dict[str, tuple[str, ...]] = {
         "mmvp": ("mmvp_data",),
@@ -83,6 +83,10 @@ def check_options(task: str, options: BuiltinOptions) -> None:
         raise ValueError(f"batch-size is {options.batch_size}, it must be at least 1")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit is {options.limit}, it must be at least 1")
+    if task == "mmvp":
+        _mmvp_questions(options)
+    if task == "pope":
+        _pope_questions(options)
 
 
 def run_task(task: str, model: ChatModel, options: BuiltinOptions, output: Path) -> BuiltinResult:
@@ -97,11 +101,16 @@ def run_task(task: str, model: ChatModel, options: BuiltinOptions, output: Path)
     return _pope(model, options) if task == "pope" else _reconstruction(model, options, output)
 
 
-def _mmvp(model: ChatModel, options: BuiltinOptions) -> BuiltinResult:
+def _mmvp_questions(options: BuiltinOptions) -> list[mmvp.MmvpQuestion]:
     assert options.mmvp_data is not None
     questions = mmvp.read_mmvp(options.mmvp_data, options.corrected_labels)[: options.limit]
     if len(questions) % 2:
         raise ValueError(f"limit is {options.limit}, MMVP goes in pairs: give an even number")
+    return questions
+
+
+def _mmvp(model: ChatModel, options: BuiltinOptions) -> BuiltinResult:
+    questions = _mmvp_questions(options)
     decoding = MMVP_DECODING[options.decoding or ("published" if model.preset.sample_mmvp else "greedy")]
     answers = _ask(model, [Question(q.prompt(), q.image) for q in questions], decoding, options, "mmvp")
     correct = [mmvp.is_correct(a, q, options.lenient) for a, q in zip(answers, questions, strict=True)]
@@ -112,10 +121,14 @@ def _mmvp(model: ChatModel, options: BuiltinOptions) -> BuiltinResult:
     return BuiltinResult(mmvp.mmvp_scores(correct), rows)
 
 
-def _pope(model: ChatModel, options: BuiltinOptions) -> BuiltinResult:
+def _pope_questions(options: BuiltinOptions) -> list[pope.YesNoQuestion]:
     assert options.pope_data is not None
     assert options.pope_images is not None
-    questions = pope.read_yes_no(options.pope_data, options.pope_images)[: options.limit]
+    return pope.read_yes_no(options.pope_data, options.pope_images)[: options.limit]
+
+
+def _pope(model: ChatModel, options: BuiltinOptions) -> BuiltinResult:
+    questions = _pope_questions(options)
     wording = pope.PROMPTS[options.pope_prompt]
     asked = [Question(wording.format(text=q.text), q.image) for q in questions]
     answers = _ask(model, asked, POPE_DECODING, options, "pope")

@@ -41,61 +41,70 @@ def check_installed() -> None:
         raise ValueError(f"{NAME} is not installed: {INSTALL}")
 
 
-def run_tasks(
-    model: dict[str, Any],
-    tasks: Sequence[str],
-    output: Path,
-    *,
-    overrides: dict[str, dict[str, Any]] | None = None,
-    limit: int | None = None,
-    include_path: Path | None = None,
-    interface: str = "simple",
-) -> dict[str, dict[str, float]]:
-    """Scores by task and metric; empty on all ranks but the first.
+class LmmsTasks:
+    """A loaded model and lmms-eval's index of tasks; asks one task at a time.
 
     Args:
         model: arguments of `LmmsModel`.
-        tasks: names of tasks or groups.
+        tasks: names of tasks or groups that will be asked for.
         output: folder for the answers (samples/lmms-eval/TASK.jsonl) and files that tasks write.
-        overrides: fields of a task's configuration to replace, by task.
-        limit: at most so many questions of each task.
         include_path: folder with more task definitions.
         interface: "simple" or "chat".
 
     Raises:
-        ValueError: lmms-eval or a task is missing; FrameworkError: an evaluation failed.
+        ValueError: lmms-eval is missing; FrameworkError: it cannot be imported.
     """
-    check_installed()
-    names = ", ".join(tasks)
-    with framework_errors(NAME, names, output, INSTALL):
-        from lmms_eval.evaluator import simple_evaluate
 
-        model_class = _model_class(interface)
-        manager = _task_manager(tasks, include_path)
-    for task in tasks:
-        _check_task(task, manager.all_tasks)
-    lm = model_class(**model)
-    changed = overrides or {}
-    asked = [{"task": task, **changed[task]} if task in changed else task for task in tasks]
-    with framework_errors(NAME, names, output, INSTALL):
-        found = simple_evaluate(
-            model=lm,
-            tasks=asked,
-            task_manager=manager,
-            batch_size=lm.batch_size,
-            limit=limit,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-            cli_args=_arguments(names, output),
-        )
-    if lm.accelerator.process_index:
-        return {}
-    _write_samples(found.get("samples") or {}, output / "samples" / NAME)
-    scores = {task: task_scores(found["results"].get(task, {})) for task in tasks}
-    empty = [task for task, values in scores.items() if not values]
-    if empty:
-        raise FrameworkError(f"{NAME} ended without a score of {', '.join(empty)}: its messages above say why")
-    return scores
+    def __init__(
+        self,
+        model: dict[str, Any],
+        tasks: Sequence[str],
+        output: Path,
+        *,
+        include_path: Path | None = None,
+        interface: str = "simple",
+    ) -> None:
+        check_installed()
+        self._output = output
+        with framework_errors(NAME, ", ".join(tasks), output, INSTALL):
+            from lmms_eval.evaluator import simple_evaluate
+
+            model_class = _model_class(interface)
+            self._manager = _task_manager(tasks, include_path)
+        self._evaluate = simple_evaluate
+        self._lm = model_class(**model)
+
+    def scores(
+        self, task: str, *, override: dict[str, Any] | None = None, limit: int | None = None
+    ) -> dict[str, float]:
+        """Scores by metric, in lmms-eval's order; empty on all ranks but the first.
+
+        Args:
+            override: fields of the task's configuration to replace.
+            limit: at most so many questions.
+
+        Raises:
+            ValueError: there is no such task; FrameworkError: the evaluation failed.
+        """
+        _check_task(task, self._manager.all_tasks)
+        with framework_errors(NAME, task, self._output, INSTALL):
+            found = self._evaluate(
+                model=self._lm,
+                tasks=[{"task": task, **override} if override else task],
+                task_manager=self._manager,
+                batch_size=self._lm.batch_size,
+                limit=limit,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+                cli_args=_arguments(task, self._output),
+            )
+            if self._lm.accelerator.process_index:
+                return {}
+            _write_samples(found.get("samples") or {}, self._output / "samples" / NAME)
+        scores = task_scores(found["results"].get(task, {}))
+        if not scores:
+            raise FrameworkError(f"{NAME} ended without a score of {task}: its messages above say why")
+        return scores
 
 
 def task_scores(values: dict[str, Any]) -> dict[str, float]:

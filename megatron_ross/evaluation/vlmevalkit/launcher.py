@@ -7,7 +7,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def register(name: str, model: dict[str, Any]) -> type:
 
     joined = type(CLASS_NAME, (VlmEvalKitAdapter, BaseModel), {})
     setattr(vlmeval.vlm, CLASS_NAME, joined)
-    vlmeval.config.supported_VLM[name] = partial(joined, **model)
+    # Every data set asks for the model by its name; it is loaded for the first of them.
+    vlmeval.config.supported_VLM[name] = cache(partial(joined, **model))
     return joined
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,58 @@ RESULT_FILES = ("_acc.csv", "_score.csv", "_score.json")
 JUDGE = "exact_matching"  # as published: no API is called
 
 
-def run_tasks(
-    model: dict[str, Any], datasets: Sequence[str], output: Path, *, source: Path | None = None
-) -> dict[str, dict[str, float]]:
-    """Scores by data set and metric; empty on all ranks but the first.
+class VlmEvalKit:
+    """VLMEvalKit with the model registered; asks one data set at a time, all with one loaded model.
 
     Args:
         model: arguments of `VlmEvalKitAdapter`.
-        datasets: VLMEvalKit's names.
         output: folder for its files.
         source: see `find_run_py`.
+        reuse: take up the answers of an earlier call for the same files and settings.
 
     Raises:
-        ValueError: VLMEvalKit is missing; FrameworkError: it failed, or left no score of a data set.
+        ValueError: VLMEvalKit is missing; FrameworkError: it cannot be imported.
     """
-    run_py = find_run_py(source)
-    names = ", ".join(datasets)
-    work = output / NAME / _name(model)
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first:
-        for dataset in datasets:
-            for file in _score_files(work, dataset):  # run.py hides a crash: what is there then must be of this call
+
+    def __init__(self, model: dict[str, Any], output: Path, *, source: Path | None = None, reuse: bool = True) -> None:
+        self._run_py = find_run_py(source)
+        self._output, self._reuse = output, reuse
+        self._work = output / NAME / _name(model)
+        with framework_errors(NAME, "any data set", output, INSTALL):
+            register(MODEL_NAME, model)
+
+    def scores(self, dataset: str) -> dict[str, float]:
+        """Scores by metric; empty on all ranks but the first.
+
+        Raises:
+            FrameworkError: VLMEvalKit failed, or left no score.
+        """
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first:
+            for file in _score_files(self._work, dataset):  # run.py hides a crash: what is there must be of this call
                 file.unlink()
-    with framework_errors(NAME, names, output, INSTALL):
-        register(MODEL_NAME, model)
-        arguments = ["--data", *datasets, "--model", MODEL_NAME, "--judge", JUDGE, "--work-dir", str(work.resolve())]
-        launch(run_py, arguments)
-    if not is_first:
-        return {}
-    scores = {dataset: read_scores(work, dataset) for dataset in datasets}
-    missing = [dataset for dataset, values in scores.items() if not values]
-    if missing:  # run.py ends with status 0 all the same
-        raise FrameworkError(
-            f"{NAME} left no score of {', '.join(missing)} in {work}: its messages above say why (an unknown data set, "
-            "data that cannot be downloaded, or a crash)"
-        )
-    return scores
+        arguments = [
+            "--data",
+            dataset,
+            "--model",
+            MODEL_NAME,
+            "--judge",
+            JUDGE,
+            "--work-dir",
+            str(self._work.resolve()),
+        ]
+        with framework_errors(NAME, dataset, self._output, INSTALL):
+            # Without --reuse run.py starts in a new folder. Answers only: scores are always computed again.
+            launch(self._run_py, [*arguments, *(["--reuse", "--reuse-aux", "infer"] if self._reuse else [])])
+        if not is_first:
+            return {}
+        scores = read_scores(self._work, dataset)
+        if not scores:  # run.py ends with status 0 all the same
+            raise FrameworkError(
+                f"{NAME} left no score of {dataset} in {self._work}: its messages above say why (an unknown data set, "
+                "data that cannot be downloaded, or a crash)"
+            )
+        return scores
 
 
 def _name(model: dict[str, Any]) -> str:

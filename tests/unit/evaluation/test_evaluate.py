@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ross.evaluation.builtin import mmvp, pope
+from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.main import main
 from tests.helpers import golden
 from tests.helpers.evaluation_data import MMVP_ROWS, write_mmvp, write_pope
@@ -183,6 +184,71 @@ def test_a_checkpoint_without_denoiser_cannot_reconstruct(tmp_path: Path, capsys
     extra = ["--reconstruction-images", IMAGES]
     assert run("reconstruction", tmp_path / "results", *extra, checkpoint=str(stored.composite)) == 1
     assert "the checkpoint has no denoiser" in error(capsys)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> list[str]:
+    """Arguments for the built-in mmvp and pope."""
+    file, images = write_pope(tmp_path / "pope")
+    mmvp_folder = write_mmvp(tmp_path / "mmvp", MMVP_ROWS)
+    where = ["--mmvp-data", str(mmvp_folder), "--pope-data", str(file), "--pope-images", str(images)]
+    return [*where, "--framework", "builtin"]
+
+
+def test_a_benchmark_that_crashes_costs_only_itself(
+    both: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it raises; the repeated command asks for it alone."""
+    output, asked = tmp_path / "results", []
+    run_task = builtin.run_task
+
+    def crash(task: str, *args: object) -> builtin.BuiltinResult:
+        asked.append(task)
+        if task == "pope" and asked.count("pope") == 1:
+            raise RuntimeError("CUDA out of memory")
+        return run_task(task, *args)
+
+    monkeypatch.setattr(builtin, "run_task", crash)
+    assert run("pope,mmvp", output, *both) == 1
+    message = error(capsys)
+    assert "builtin failed in pope (RuntimeError: CUDA out of memory)" in message
+    assert "missing: pope; the same command asks for nothing else again" in message
+    assert [e["benchmark"] for e in json.loads((output / "results.json").read_text())["results"]] == ["mmvp"]
+    assert "| MMVP | builtin |" in (output / "results.md").read_text()
+    assert "No score: builtin pope: " in (output / "results.md").read_text()
+    assert "CUDA out of memory" in (output / "error.log").read_text()
+
+    assert run("pope,mmvp", output, *both) == 0
+    assert asked == ["pope", "mmvp", "pope"]
+    assert "mmvp (builtin): taken up from" in capsys.readouterr().out
+    assert {e["benchmark"] for e in json.loads((output / "results.json").read_text())["results"]} == {"mmvp", "pope"}
+    assert "No score" not in (output / "results.md").read_text()
+    assert not (output / "missing.json").exists()
+    assert run("pope,mmvp", output, *both, "--reuse", "false", "--limit", "2") == 0
+    assert asked[3:] == ["pope", "mmvp"]
+
+
+def test_a_process_that_ends_in_a_benchmark_keeps_the_others_and_asks_for_it_last(
+    both: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, asked = tmp_path / "results", []
+    run_task = builtin.run_task
+
+    def killed(task: str, *args: object) -> builtin.BuiltinResult:
+        asked.append(task)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return run_task(task, *args)
+
+    monkeypatch.setattr(builtin, "run_task", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("mmvp,pope", output, *both)
+    assert [e["benchmark"] for e in json.loads((output / "results.json").read_text())["results"]] == ["mmvp"]
+    assert json.loads((output / "missing.json").read_text()) == {
+        "builtin pope": "it was being asked when the process ended"
+    }
+    assert run("pope,mmvp", output, *both, "--limit", "2") == 0  # another limit: both are asked again
+    assert asked == ["mmvp", "pope", "mmvp", "pope"]
 
 
 def test_the_tool_starts_it(repository: Path) -> None:

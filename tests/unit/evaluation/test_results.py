@@ -17,6 +17,7 @@ from megatron_ross.evaluation.results import (
     Result,
     check_headlines,
     earlier_results,
+    is_finished,
     markdown,
     result,
     write_results,
@@ -45,7 +46,7 @@ def test_the_table_stands_beside_the_published_figures() -> None:
     assert (gqa["framework"], gqa["this checkpoint"], gqa["Ross-7B"]) == ("lmms-eval", "65.5", "65.5")
     assert gqa["LLaVA-v1.5-13B"] == "63.3"
     assert (pope["framework"], pope["this checkpoint"], pope["Ross-13B"]) == ("lmms-eval *", "50.0", "88.7")
-    assert set(mme.values()) == {"mme", "lmms-eval", ""}
+    assert set(mme.values()) == {"mme", "lmms-eval", "mme_score", "1500.0", ""}
     assert "* not the framework of the published figures" in table
     assert "†" not in table
     assert [entry.as_published for entry in entries] == [True, False, True]
@@ -106,7 +107,7 @@ def test_the_builtin_pope_has_its_wording_named() -> None:
 
 def test_every_option_is_known_to_change_the_questions_or_not_to() -> None:
     """A new option must be put into `AS_PUBLISHED` or in here."""
-    others = {"checkpoint", "tasks", "framework", "preset", "output", "export_format", "batch_size", "device"}
+    others = {"checkpoint", "tasks", "framework", "preset", "output", "export_format", "batch_size", "device", "reuse"}
     others |= {"mmvp_data", "pope_data", "pope_images", "reconstruction_images", "vlmevalkit"}
     defaults = vars(parse(["--checkpoint", "x", "--tasks", "gqa"]))
     published = [option for group in AS_PUBLISHED.values() for option in group.items()]
@@ -179,6 +180,61 @@ def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"holds no results that can be added to .*: remove it, or name"):
         earlier_results(tmp_path, settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "framework", "benchmark", "chosen"),
+    [
+        ("docvqa_val", None, "docvqa", "lmms-eval"),
+        ("DocVQA_VAL", None, "docvqa", "vlmevalkit"),
+        ("MMVP", "vlmevalkit", "mmvp", "vlmevalkit"),
+        ("pope", "lmms-eval", "pope", "lmms-eval"),
+        ("mme", "lmms-eval", "mme", "lmms-eval"),
+    ],
+)
+def test_a_frameworks_own_name_is_the_benchmark_of_the_table(
+    name: str, framework: Any, benchmark: str, chosen: str
+) -> None:
+    found = job(name, framework)
+    assert (found.benchmark.name, found.framework) == (benchmark, chosen)
+
+
+@pytest.mark.parametrize(
+    ("scores", "metric"),
+    [
+        ({"perception": 1200.0, "cognition": 300.0}, "perception"),
+        ({"dev.art": 0.1, "dev.Overall": 0.25}, "dev.Overall"),
+        ({}, None),
+    ],
+)
+def test_the_table_shows_one_metric_of_a_task_that_it_does_not_know(
+    scores: dict[str, float], metric: str | None
+) -> None:
+    entry = result(job("mme", "lmms-eval"), scores, settings())
+    assert (entry.metric, entry.percent) == (metric, scores.get(metric or ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "finished"),
+    [
+        ("gqa", {}, True),
+        ("gqa", {"limit": 8}, False),
+        ("gqa", {"fingerprint": "2"}, False),
+        ("gqa", {"versions": {"transformers": "6"}}, False),
+        ("gqa", {"include_path": "other"}, False),
+        ("gqa", {"mmvp_data": "other", "seed": 1, "batch_size": 1, "output": "elsewhere", "device": "cuda"}, True),
+        ("mmvp", {"mmvp_data": "other"}, False),
+        ("mmvp", {"pope_prompt": "plain", "include_path": "other"}, True),
+    ],
+)
+def test_a_score_is_taken_up_only_where_asking_again_would_give_it(
+    name: str, changed: dict[str, Any], finished: bool
+) -> None:
+    task = job(name)
+    entry = result(task, {str(task.task.metric): 0.5}, settings(versions={"transformers": "5"}))
+    assert is_finished(entry, task, settings(**{"versions": {"transformers": "5"}, **changed})) is finished
+    assert not is_finished(entry, job("pope"), settings())
+    assert not is_finished(result(task, {"another": 0.5}, settings()), task, settings())
 
 
 def test_every_headline_can_be_shown_in_percent() -> None:

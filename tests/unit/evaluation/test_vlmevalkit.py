@@ -24,7 +24,8 @@ from tests.helpers import golden
 PICTURE = golden.GOLDEN / "preprocess" / "images" / "landscape.png"
 CHECKPOINT = str(golden.checkpoint_dir("llama_clip"))
 
-# A small VLMEvalKit. As the real one's, its run.py swallows errors, ends with status 0, and scores on rank 0 only.
+# A small VLMEvalKit. As the real one's, its run.py swallows errors, ends with status 0, scores on rank 0 only, and
+# answers in a new folder each time, where it takes up the newest answers only if it is asked to.
 FAKE = {
     "vlmeval/__init__.py": "",
     "vlmeval/config.py": "supported_VLM = {}\n",
@@ -49,21 +50,28 @@ parser.add_argument("--data", nargs="+")
 parser.add_argument("--model", nargs="+")
 parser.add_argument("--judge")
 parser.add_argument("--work-dir")
+parser.add_argument("--reuse", action="store_true")
+parser.add_argument("--reuse-aux")
 args = parser.parse_args()
 assert args.judge == "exact_matching"
 model = supported_VLM[args.model[0]]()
 model.dump_image_func = lambda line: [line["image"]]
 for name in args.data:
     try:
-        folder = pathlib.Path(args.work_dir) / args.model[0] / "T1"
+        root = pathlib.Path(args.work_dir) / args.model[0]
+        folder = root / f"T{len(list(root.glob('T*')))}"
+        answered = f"{args.model[0]}_{name}.json"
+        earlier = sorted(root.glob(f"T*/{answered}"))
         folder.mkdir(parents=True, exist_ok=True)
         line = {"image": PICTURE, "question": "Is it?", "A": "yes", "B": "no"}
         if model.use_custom_prompt(name):
             message = model.build_prompt(line, name)
         else:
             message = [{"type": "image", "value": PICTURE}, {"type": "text", "value": "Is it?"}]
-        answer = model.generate_inner(message, dataset=name)
-        (folder / f"{args.model[0]}_{name}.json").write_text(json.dumps([message, answer]))
+        if earlier and args.reuse:
+            (folder / answered).write_text(earlier[-1].read_text())
+        else:
+            (folder / answered).write_text(json.dumps([message, model.generate_inner(message, dataset=name)]))
         if name == "POPE":
             raise KeyError("category")
         if os.environ.get("RANK", "0") == "0":
@@ -196,8 +204,11 @@ def test_answers_of_other_weights_are_never_taken(
         if changes:
             (checkpoint / "config.json").touch()
         assert evaluate("pope", tmp_path / "results", checkpoint=str(checkpoint)) == 1
-        folders.append(len(list((tmp_path / "results").rglob("megatron_ross_POPE.json"))))
-    assert folders == [1, 1, 2]
+        folders.append(
+            [len(list(f.rglob("megatron_ross_POPE.json"))) for f in (tmp_path / "results/vlmevalkit").iterdir()]
+        )
+    assert folders[:2] == [[1], [2]]
+    assert sorted(folders[2]) == [1, 2]
 
 
 def test_scores_of_an_earlier_call_are_never_taken(
@@ -208,7 +219,7 @@ def test_scores_of_an_earlier_call_are_never_taken(
     output = tmp_path / "results"
     assert evaluate("ai2d", output) == 0
     (vlmeval / "run.py").write_text("print('failed: this version is broken')\n")
-    assert evaluate("ai2d", output) == 1
+    assert evaluate("ai2d", output, "--reuse", "false") == 1
     assert "error: vlmevalkit left no score of AI2D_TEST" in capsys.readouterr().err
     assert list(output.rglob("megatron_ross_AI2D_TEST.json"))
 
@@ -254,3 +265,42 @@ def test_score_files(tmp_path: Path) -> None:
     assert read_scores(tmp_path, "OCRBench") == {"Final Score Norm": 31.5}
     assert read_scores(tmp_path, "GQA") == {"Overall": 61.5}
     assert read_scores(tmp_path, "POPE") == {}
+
+
+def test_one_data_set_that_crashes_costs_only_itself(
+    vlmeval: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the answers of a call that broke off are taken up: with --reuse, not by looking for those of the same day."""
+    monkeypatch.setattr(adapter, "DECODING", Decoding(1))
+    loaded: list[str] = []
+    load = ChatModel.load
+    monkeypatch.setattr(ChatModel, "load", lambda path, *a, **k: loaded.append(path) or load(path, *a, **k))
+    output, run_py = tmp_path / "results", (vlmeval / "run.py").read_text()
+    (vlmeval / "run.py").write_text(run_py.replace("POPE", "RealWorldQA"))
+    assert evaluate("realworldqa,ai2d", output) == 1
+    assert loaded == [CHECKPOINT], "one model for both data sets"
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: vlmevalkit left no score of RealWorldQA")
+    assert message.endswith("missing: realworldqa; the same command asks for nothing else again")
+    (entry,) = json.loads((output / "results.json").read_text())["results"]
+    assert entry["benchmark"] == "ai2d"
+    assert "No score: vlmevalkit realworldqa: vlmevalkit left no score" in (output / "results.md").read_text()
+
+    # The data set's scoring is mended; the model must not be asked for what it has answered.
+    (vlmeval / "run.py").write_text(run_py)
+    monkeypatch.setattr(adapter.VlmEvalKitAdapter, "generate_inner", lambda *a, **k: pytest.fail("asked again"))
+    assert evaluate("realworldqa,ai2d", output) == 0
+    assert "ai2d (vlmevalkit): taken up from" in capsys.readouterr().out
+    assert not (output / "missing.json").exists()
+
+
+def test_a_data_set_under_its_own_name_fills_the_table(
+    vlmeval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AI2D_TEST is the table's AI2D; a data set that the table does not know shows its overall score."""
+    monkeypatch.setattr(adapter, "DECODING", Decoding(1))
+    assert evaluate("AI2D_TEST,SomeOther", tmp_path / "results") == 0
+    table = (tmp_path / "results" / "results.md").read_text()
+    assert "| AI2D | vlmevalkit | none.Overall | 25.0 |" in table
+    assert "| SomeOther | vlmevalkit | none.Overall | 0.2 |" in table
+    assert "As the framework scales them, with one of their metrics: SomeOther" in table
