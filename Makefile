@@ -16,6 +16,7 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 READY := $(VENV)/.ready
 EVAL_READY := $(VENV)/.ready-eval
+CLIENTS := $(VENV)-clients
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 
@@ -29,7 +30,7 @@ ON_CPU := CUDA_VISIBLE_DEVICES=
 SEES_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
-.PHONY: help install quickstart test test-slow test-layouts test-faults test-eval test-gpu test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-smoke test-slow test-layouts test-faults test-eval test-clients test-gpu test-lowest benchmark check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -43,6 +44,10 @@ $(EVAL_READY): $(READY)
 	@EXTRAS=eval tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 
+$(CLIENTS)/.ready: setup.py tools/setup_venv.sh tools/setup_clients.sh
+	@tools/setup_clients.sh "$(PYTHON)" "$(CLIENTS)"
+	@touch $@
+
 $(LOWEST)/.ready: setup.py tools/setup_venv.sh tests/lowest-requirements.txt
 	@CONSTRAINTS=tests/lowest-requirements.txt tools/setup_venv.sh "$(PYTHON)" "$(LOWEST)"
 	@touch $@
@@ -53,8 +58,11 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
-	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
+	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not smoke and not clients"
 	@if $(SEES_GPU); then $(MAKE) --no-print-directory test-gpu; fi
+
+test-smoke: $(READY) ## import, two-rank training, save, resume, export; minutes. With PYTHON=python3.12: another megatron-core
+	@$(ON_CPU) $(BIN)/python -m pytest -m smoke tests/smoke
 
 test-slow: $(READY) ## the tests that take minutes each
 	@$(ON_CPU) $(BIN)/python $(PYTEST) -m slow
@@ -71,12 +79,15 @@ test-eval: $(EVAL_READY) ## exported checkpoints through evaluation frameworks, 
 		echo "error: lmms-eval cannot be imported in $(VENV) (see above): rm $(EVAL_READY), then make test-eval" >&2; exit 1; }
 	@$(ON_CPU) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 VLMEVALKIT="$(VLMEVALKIT)" $(BIN)/python -m pytest tests/evaluation -m eval
 
+test-clients: $(CLIENTS)/.ready ## exports in transformers 4 and 5, `transformers serve` and vLLM, in their environment
+	@$(ON_CPU) $(CLIENTS)/bin/python -m pytest tests/clients -m clients
+
 test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(SEES_GPU) || { echo "error: make test-gpu needs a CUDA GPU, and torch sees none" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
-	@$(ON_CPU) $(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval"
+	@$(ON_CPU) $(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not smoke and not clients"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
 	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json

@@ -70,6 +70,8 @@ EXTRAS_REQUIRE = {
         "sacrebleu>=2.4.3",
         "tenacity>=9",
     ],
+    # Tests of other programs that load and serve exports: tools/setup_clients.sh adds vLLM and transformers 4.
+    "clients": ["accelerate>=1.15", "pytest>=8.4", "transformers[serving]>=5.17,<6"],
     "wandb": ["wandb>=0.22"],
     # scikit-image and scipy: photographs and pictures. DALI decodes on CPU too.
     "quickstart": ["nvidia-dali-cuda130>=2.4,<3", "scikit-image>=0.25", "scipy>=1.15"],

@@ -93,12 +93,12 @@ def export_checkpoint(
         output: folder to create.
         format: ross: the published composite; llava: stock transformers class; adapters: projector and denoiser files.
         dtype: dtype of the written tensors; `stored` changes nothing.
-        templates: needed for llava, see `export_llava`.
+        templates: gives the chat template, see `export_llava`, which needs it.
     """
     reader = open_checkpoint(checkpoint)
     target = None if dtype == "stored" else getattr(torch, dtype)
     if format == "ross":
-        export_ross(reader, output, target)
+        export_ross(reader, output, target, templates=templates)
     elif format == "adapters":
         export_adapters(reader, output, target)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +120,33 @@ def with_progress(data: Iterator[tuple[str, Tensor]], bar: tqdm[Any]) -> Iterato
 
 
 def export_ross(
-    reader: CheckpointReader, output: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    reader: CheckpointReader,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    templates: Callable[[str], str] | None = None,
 ) -> None:
     """Write the published composite format: key names, config fields and files that the published code loads.
+
+    Args:
+        reader: the checkpoint.
+        output: folder to create.
+        dtype: dtype to cast to; None keeps what is stored.
+        max_shard_bytes: largest safetensors file.
+        templates: name of a training template -> Jinja text; None writes no chat template.
 
     Raises:
         ValueError: the checkpoint is incomplete or does not fit its manifest, or `output` exists.
         OSError: writing failed.
     """
+    from megatron_ross.convert.inference_files import complete_ross_folder  # imports transformers, which takes seconds
+
     check_complete(reader)
     export = TensorExport(reader, ross_mappings(reader.manifest.model), dtype)
     config = published_config(reader.manifest, reader.assets, language_dtype(reader, dtype))
     with atomic_directory(output, sum(tensor.nbytes for tensor in export.tensors())) as directory:
         copy_assets(reader.assets, _ASSET_FILES, directory)
+        complete_ross_folder(directory, reader, config, templates)
         write_json(directory / "config.json", config)
         (directory / "README.md").write_text(model_card(reader, "ross", _layer_note(config)), encoding="utf-8")
         write_weights(directory, export, max_shard_bytes)

@@ -13,6 +13,19 @@ from megatron_ross.convert.preprocessor import PILLOW_FILTERS
 from megatron_ross.convert.published_config import language_fields
 
 _TEXT_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+PILLOW_FILE = "image_processing_pillow.py"
+PILLOW_PROCESSOR = '''\
+"""LLaVA's image processor with Pillow, as in training, whether torchvision is there or not: trust_remote_code=True."""
+
+try:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as PillowProcessor
+except ImportError:  # transformers 4
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor as PillowProcessor
+
+
+class LlavaImageProcessorPillow(PillowProcessor):
+    """transformers' own; without torchvision it is what loads anyway."""
+'''
 IMAGE_TOKEN = "<image>"
 
 
@@ -61,6 +74,7 @@ def image_processor_config(model: RossModelConfig) -> dict[str, Any]:
     crops = model.vision.crops
     return {
         "image_processor_type": "LlavaImageProcessor",
+        "auto_map": {"AutoImageProcessor": PILLOW_FILE.replace(".py", ".LlavaImageProcessorPillow")},
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
         "do_pad": model.vision.image_aspect_ratio == "pad",

@@ -9,34 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_ross.checkpoint.reader import CheckpointReader
-from megatron_ross.config.json_files import read_json
 from megatron_ross.convert.atomic import atomic_directory
 from megatron_ross.convert.exporter import MAX_SHARD_BYTES, TensorExport, check_complete, language_dtype, with_progress
 from megatron_ross.convert.hf_io import OutputTensor, write_safetensors
+from megatron_ross.convert.inference_files import (
+    chosen_template,
+    complete_tokenizer,
+    load_source_tokenizer,
+    special_token_ids,
+)
 from megatron_ross.convert.layouts import llava_mappings
 from megatron_ross.convert.llava_config import (
     IMAGE_TOKEN,
+    PILLOW_FILE,
+    PILLOW_PROCESSOR,
     generation_config,
     image_processor_config,
     llava_config,
     processor_config,
 )
-from megatron_ross.convert.llava_tokenizer import add_image_token, write_tokenizer
+from megatron_ross.convert.llava_tokenizer import (
+    SERVING_TEMPLATE,
+    add_image_token,
+    write_serving_template,
+    write_tokenizer,
+)
 from megatron_ross.convert.model_card import model_card
-from megatron_ross.convert.sources import SOURCE_CONFIG, write_json
-from megatron_ross.data.conversation import END_TOKENS
+from megatron_ross.convert.sources import write_json
 from megatron_ross.data.tokenizer import TextTokenizer
 
 _VOCABULARY_NAMES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_llava(
@@ -46,7 +54,7 @@ def export_llava(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that transformers, vLLM and SGLang load as LLaVA.
+    """Write a folder that transformers and vLLM load as LLaVA.
 
     Args:
         reader: the checkpoint.
@@ -62,13 +70,13 @@ def export_llava(
     check_complete(reader)
     manifest = reader.manifest
     export = TensorExport(reader, llava_mappings(manifest.model), dtype)
-    tokenizer = AutoTokenizer.from_pretrained(reader.assets, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_source_tokenizer(reader)
     training_ids = TextTokenizer(tokenizer)
+    template = chosen_template(reader, tokenizer, templates)
+    token_ids = special_token_ids(reader, tokenizer, template.name)
+    complete_tokenizer(tokenizer, template, token_ids)
     image_token_id = add_image_token(tokenizer)
-    tokenizer.padding_side = "left"  # for batched generation; training pads on its own
-    tokenizer.chat_template = templates(_template_name(reader, tokenizer))
     extra_rows = max(0, image_token_id + 1 - manifest.model.language.vocab_size)
-    token_ids = _token_ids(reader, tokenizer)
     tensors = [_extended(tensor, extra_rows) for tensor in export.tensors()]
     total = sum(tensor.nbytes for tensor in tensors)
     with atomic_directory(output, total) as directory:
@@ -76,36 +84,17 @@ def export_llava(
             directory / "config.json", llava_config(manifest, token_ids, image_token_id, language_dtype(reader, dtype))
         )
         write_tokenizer(directory, tokenizer, training_ids)
+        has_serving_template = write_serving_template(directory)
         write_json(directory / "generation_config.json", generation_config(token_ids, image_token_id))
         write_json(directory / "preprocessor_config.json", image_processor_config(manifest.model))
+        (directory / PILLOW_FILE).write_text(PILLOW_PROCESSOR, "utf-8")
         write_json(directory / "processor_config.json", processor_config(manifest.model))
-        (directory / "README.md").write_text(model_card(reader, "llava", _notes(image_token_id, extra_rows)), "utf-8")
+        serving_template = SERVING_TEMPLATE if has_serving_template else None
+        card = model_card(reader, "llava", _notes(image_token_id, extra_rows), serving_template)
+        (directory / "README.md").write_text(card, "utf-8")
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing safetensors") as bar:
             data = _extended_data(export.data(), extra_rows, token_ids["pad_token_id"])
             write_safetensors(directory, tensors, with_progress(data, bar), max_shard_bytes)
-
-
-def _token_ids(reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Special ids: of the source's generation config, else its config, else of the tokenizer."""
-    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
-    for name in (SOURCE_CONFIG, "generation_config.json"):
-        if (reader.assets / name).is_file():
-            values = read_json(reader.assets / name)
-            ids |= {key: values[key] for key in _TOKEN_IDS if values.get(key) is not None}
-    if ids["pad_token_id"] is None:
-        end = ids["eos_token_id"]
-        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return ids
-
-
-def _template_name(reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Template that the trainer recorded, else the one its family is trained with."""
-    recorded = reader.manifest.training.get("settings", {}).get("template")
-    if isinstance(recorded, str):
-        return recorded
-    if reader.manifest.model.language.family == "qwen2":
-        return "qwen_2"
-    return "llama3" if END_TOKENS["llama3"] in tokenizer.get_vocab() else "v1"
 
 
 def _extended(tensor: OutputTensor, rows: int) -> OutputTensor:

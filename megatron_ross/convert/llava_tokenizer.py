@@ -17,9 +17,13 @@ from transformers.tokenization_utils_base import AddedToken
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import IMAGE_TOKEN_ID
+from megatron_ross.convert.inference_files import portable_settings
 from megatron_ross.convert.llava_config import IMAGE_TOKEN
 from megatron_ross.convert.sources import write_json
 from megatron_ross.data.tokenizer import TextTokenizer
+
+SERVING_TEMPLATE = "chat_template_with_begin_token.jinja"
+"""For servers that tokenize a rendered conversation without adding special tokens: vLLM."""
 
 _BLANK_RULE = {
     "type": "Replace",
@@ -49,19 +53,46 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, trainin
         ValueError: neither form gives training's ids.
     """
     tokenizer.save_pretrained(directory)
-    settings = read_json(directory / "tokenizer_config.json")
-    write_json(directory / "tokenizer_config.json", settings | {"processor_class": "LlavaProcessor"})
+    settings = portable_settings(read_json(directory / "tokenizer_config.json"), tokenizer)
+    settings["processor_class"] = "LlavaProcessor"
+    write_json(directory / "tokenizer_config.json", settings)
     if _agrees(directory, tokenizer, training):
         return
     rules = read_json(directory / "tokenizer.json")
     text = json.dumps(_with_blank_rule(rules), indent=2, ensure_ascii=False)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     # The generic class takes tokenizer.json as it is; LlamaTokenizer would build its own rules from the vocabulary.
-    settings |= {"processor_class": "LlavaProcessor", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("legacy", None)
     write_json(directory / "tokenizer_config.json", settings)
     if not _agrees(directory, tokenizer, training):
         raise ValueError(f"the tokenizer {type(tokenizer).__name__} cannot keep training's ids around {IMAGE_TOKEN}")
+
+
+def write_serving_template(directory: Path) -> bool:
+    """Write the chat template with the begin token in front, if the tokenizer adds one by itself.
+
+    The chat template leaves it to the tokenizer, as transformers' own LLaVA processors expect; a server that does not
+    let the tokenizer add it needs this one.
+
+    Args:
+        directory: export folder with the final tokenizer and its chat template.
+
+    Raises:
+        ValueError: the tokenizer makes other ids of a begin token that is written out.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not tokenizer("").input_ids:
+        return False
+    question = [{"role": "user", "content": f"{IMAGE_TOKEN}\nWhat is this?"}]
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    wanted = tokenizer(text).input_ids
+    for gap in ("", " "):  # sentencepiece-style tokenizers have a blank in front of a text that they add themselves
+        if tokenizer(tokenizer.bos_token + gap + text, add_special_tokens=False).input_ids == wanted:
+            template = "{{- bos_token + '" + gap + "' -}}" + tokenizer.chat_template
+            (directory / SERVING_TEMPLATE).write_text(template, encoding="utf-8")
+            return True
+    raise ValueError(f"the tokenizer {type(tokenizer).__name__} cannot keep its ids behind {tokenizer.bos_token}")
 
 
 def _with_blank_rule(rules: dict[str, Any]) -> dict[str, Any]:

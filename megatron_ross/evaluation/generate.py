@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
 from megatron_ross.config.json_files import read_json
+from megatron_ross.convert.inference_files import template_end_ids, with_ends
 from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.data.images import decode_image
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
-from megatron_ross.huggingface.chat_templates import chat_template
+from megatron_ross.huggingface.chat_templates import chat_template, training_template
 from megatron_ross.huggingface.hub import local_folder
 
 CHAT_HELP = "/image FILE shows a picture with the next question, /reset starts over, /quit ends"
@@ -170,7 +171,17 @@ def load_for_inference(
     else:
         model = RossForConditionalGeneration.from_pretrained(folder, dtype=chosen, vision_tower=vision_tower, vae=vae)
         processor = RossProcessor.from_pretrained(folder, template=template, vision_tower=vision_tower, vae=vae)
+    end_with_template(model, processor)
     return model.eval().to(device), processor
+
+
+def end_with_template(model: Any, processor: Any) -> None:
+    """Answers end where the training template ends them, besides where the checkpoint says.
+
+    The files of a base model name another token, and older exports passed that on.
+    """
+    ends = template_end_ids(training_template(processor.chat_template), processor.tokenizer)
+    model.generation_config.eos_token_id = with_ends(model.generation_config.eos_token_id, ends)
 
 
 def _load_llava(folder: Path, dtype: Any, template: str | None) -> tuple[Any, Any]:
@@ -181,6 +192,10 @@ def _load_llava(folder: Path, dtype: Any, template: str | None) -> tuple[Any, An
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors of its config, e.g. {missing[0]}: export it again")
     processor = AutoProcessor.from_pretrained(folder)
+    # Where torchvision is installed, transformers would resize with it: up to 2/255 off what the model was trained on.
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if processor.tokenizer.pad_token is None:  # batches need one; what is padded is masked
+        processor.tokenizer.pad_token = processor.tokenizer.unk_token or processor.tokenizer.eos_token
     if template is not None:
         processor.chat_template = chat_template(template)
     return model, processor

@@ -89,6 +89,12 @@ def chat_template(name: str) -> str:
     raise ValueError(f"chat template {name!r} is unknown; use 'qwen_2', 'v1', 'llava_v1', 'llama3' or 'plain'")
 
 
+def training_template(text: str | None) -> str | None:
+    """Name of the training template that a Jinja text is, or is a wording of; None for any other text."""
+    names = {chat_template(name): name for name in ("qwen_2", "v1", "llama3", "plain")}
+    return (names | {chat_template("llava_v1"): "v1"}).get(text or "")
+
+
 def _fill(template: str, system: str = "", end: str = "") -> str:
     text = template.replace("CONTENT", _CONTENT)
     return text.replace("SYSTEM", _quote(system)).replace("END", _quote(end))

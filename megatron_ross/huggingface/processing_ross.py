@@ -6,10 +6,13 @@ pieces are tokenised on their own; every `<image>` becomes as many image tokens 
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from PIL import Image
@@ -21,13 +24,14 @@ from megatron_ross.config.model import IMAGE_TOKEN_ID, VisionConfig
 from megatron_ross.config.model_limits import RESAMPLE_FILTERS
 from megatron_ross.convert.checked_fields import Fields
 from megatron_ross.convert.component_config import image_statistics, vision_config
-from megatron_ross.data.images import ImageProcessor
+from megatron_ross.data.images import ImageProcessor, decode_image
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER, TextTokenizer
 from megatron_ross.huggingface.chat_templates import chat_template as training_template
 from megatron_ross.huggingface.configuration_ross import read_model_config
 from megatron_ross.huggingface.hub import local_folder
 
 _PROCESSOR_FILE = "processor_config.json"
+_DOWNLOAD_SECONDS = 30
 
 
 def expand_image_tokens(input_ids: Sequence[int], num_image_tokens: int) -> list[int]:
@@ -102,7 +106,8 @@ class RossProcessor(ProcessorMixin):
         """Model inputs of one prompt or a batch of prompts.
 
         Args:
-            images: PIL images (any nesting), in the order in which `<image>` appears in the texts.
+            images: PIL images, paths, `http(s)` or `data:` URLs (any nesting), in the order in which `<image>` appears
+                in the texts. Files are decoded as in training.
             text: one prompt or several.
             padding_side: where shorter prompts of a batch are padded; "left" for generation.
             kwargs: accepted and ignored (`return_tensors`, `padding`, ...): the result is padded PyTorch tensors.
@@ -111,7 +116,8 @@ class RossProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` int64 [b, s] and, with images, `pixel_values` float32 [n, 3, P, P].
 
         Raises:
-            ValueError: the number of images and of placeholders differ, or there is nothing to process.
+            ValueError: the number of images and of placeholders differ, one cannot be read, or there is nothing to
+                process.
         """
         flat = flatten_images(images)
         data: dict[str, Tensor] = {}
@@ -184,18 +190,41 @@ def default_template(tokenizer: Any) -> str:
 
 
 def flatten_images(images: Any) -> list[Image.Image]:
-    """One image, a list of images or lists of images (None for no image) -> flat list.
+    """One image, a list of images or lists of images (None for no image) -> flat list; see `RossProcessor`.
 
     Raises:
-        ValueError: something in it is not a PIL image.
+        ValueError: something in it is no image, or cannot be read.
     """
     if images is None:
         return []
     if isinstance(images, Image.Image):
         return [images]
+    if isinstance(images, str | Path):
+        return [read_image(images)]
     if isinstance(images, list | tuple):
         return [image for group in images for image in flatten_images(group)]
-    raise ValueError(f"images must be PIL images or lists of them, not {type(images).__name__}")
+    raise ValueError(f"images must be PIL images, paths, URLs or lists of them, not {type(images).__name__}")
+
+
+def read_image(source: str | Path) -> Image.Image:
+    """Image of a path, an `http(s)` URL or a `data:` URL, as RGB.
+
+    Raises:
+        ValueError: it cannot be read, or is no image.
+    """
+    text = str(source)
+    shown = text if len(text) <= 200 else text[:197] + "..."
+    try:
+        if text.startswith(("http://", "https://")):
+            with urlopen(text, timeout=_DOWNLOAD_SECONDS) as answer:
+                data = answer.read()
+        elif text.startswith("data:"):
+            data = base64.b64decode(text.partition(",")[2], validate=True)
+        else:
+            data = Path(source).read_bytes()
+    except (OSError, binascii.Error) as error:  # also what urllib raises
+        raise ValueError(f"image {shown!r} cannot be read: {error}") from None
+    return decode_image(data, shown)
 
 
 def _stored_vision(folder: Path) -> dict[str, Any] | None:

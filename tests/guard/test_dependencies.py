@@ -17,9 +17,9 @@ DISTRIBUTIONS = {
     "pyarrow": "datasets",
 }
 OURS = {"megatron_ross", "ross_kernels"}
-FROM_SOURCE = {"apex", "lmms_eval", "vlmeval"}
-"""Used where they are found. They cannot be declared: the released apex is another package, lmms-eval declares more
-than a host without CUDA can install (tools/setup_venv.sh), and vlmeval is not released."""
+FROM_SOURCE = {"apex", "lmms_eval", "vlmeval", "vllm"}
+"""Used where they are found. They cannot be declared: the released apex is another package, lmms-eval and vLLM declare
+more than a host without CUDA can install (tools/setup_venv.sh, tools/setup_clients.sh), and vlmeval is not released."""
 LOWEST = ROOT / "tests" / "lowest-requirements.txt"
 
 

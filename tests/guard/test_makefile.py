@@ -93,3 +93,11 @@ def test_help_lists_every_target() -> None:
     assert phony is not None
     listed = re.findall(r"^  make ([a-z-]+) ", make("help").stdout, re.MULTILINE)
     assert sorted(listed) == sorted(phony[1].split())
+
+
+def test_clients_have_an_environment_of_their_own() -> None:
+    """vLLM holds other versions than ours; `make test` must not look at these tests."""
+    assert "tests/clients -m clients" in make("-n", "test-clients").stdout
+    assert ".venv-clients/bin/python -m pytest" in make("-n", "test-clients").stdout
+    for target in ("test", "test-lowest"):
+        assert "and not clients" in make("-n", target).stdout

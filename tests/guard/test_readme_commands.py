@@ -30,6 +30,7 @@ FOREIGN = {"cd", "export", "source", "git", "ls", "cat", "cp", "mkdir", "less", 
     "srun",
     "sbatch",
     "docker",
+    "vllm",
 }
 # Options of torchrun before the script that take a value, by = or as the next word; - and _ are the same to it.
 TORCHRUN_FLAGS = {"nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "max-restarts"} | {

@@ -20,7 +20,7 @@ from megatron_ross.convert.torch_dist_writer import LazyTensor, write_torch_dist
 
 Imported = Callable[[str], Path]
 NAMES = ["qwen2_siglip", "llama_clip"]
-OUR_FIELDS = {"vision_config", "vae_config", "mm_inv_projector_width"}
+OUR_FIELDS = {"vision_config", "vae_config", "mm_inv_projector_width", "auto_map"}
 
 
 def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -43,8 +43,11 @@ def test_composite_round_trip_is_exact(name: str, imported: Imported, golden_dir
     config, published = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", source))
     assert {key: value for key, value in config.items() if key not in OUR_FIELDS} == published
     for file in source.iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
+        if file.name not in ("config.json", "model.safetensors", "tokenizer_config.json"):
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    settings, published = (json.loads((d / "tokenizer_config.json").read_text()) for d in (tmp_path / "out", source))
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+    assert settings == published | inputs | {"padding_side": "left"}
 
 
 @pytest.mark.parametrize("name", NAMES)

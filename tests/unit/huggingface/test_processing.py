@@ -204,8 +204,12 @@ def test_wrong_numbers_and_kinds_of_images_are_refused() -> None:
         prepare(text="<image> <image>", images=Image.new("RGB", (4, 4)))
     with pytest.raises(ValueError, match="the text has 0 <image> placeholders for 1 images"):
         prepare(text="hello", images=Image.new("RGB", (4, 4)))
-    with pytest.raises(ValueError, match="images must be PIL images"):
-        prepare(text="<image>", images="cat.png")
+    with pytest.raises(ValueError, match="images must be PIL images, paths, URLs or lists of them, not int"):
+        prepare(text="<image>", images=3)
+    with pytest.raises(ValueError, match=r"image 'no-cat\.png' cannot be read: .*No such file"):
+        prepare(text="<image>", images="no-cat.png")
+    with pytest.raises(ValueError, match="image 'data:image/png;base64,%%%' cannot be read"):
+        prepare(text="<image>", images="data:image/png;base64,%%%")
     with pytest.raises(ValueError, match="give text, images or both"):
         prepare()
 
