@@ -30,7 +30,7 @@ ON_CPU := CUDA_VISIBLE_DEVICES=
 SEES_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 SOURCES := megatron_ross kernels tools examples benchmarks tests setup.py $(wildcard pretrain_ross.py)
 
-.PHONY: help install quickstart test test-slow test-layouts test-faults test-eval test-clients test-gpu test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-smoke test-slow test-layouts test-faults test-eval test-clients test-gpu test-lowest benchmark check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -58,8 +58,11 @@ quickstart: $(READY) ## data, conversion, two training stages, export, report: e
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(READY) ## the tests; those that need a GPU run where there is one
-	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not clients"
+	@$(ON_CPU) $(BIN)/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not smoke and not clients"
 	@if $(SEES_GPU); then $(MAKE) --no-print-directory test-gpu; fi
+
+test-smoke: $(READY) ## import, two-rank training, save, resume, export; minutes. With PYTHON=python3.12: another megatron-core
+	@$(ON_CPU) $(BIN)/python -m pytest -m smoke tests/smoke
 
 test-slow: $(READY) ## the tests that take minutes each
 	@$(ON_CPU) $(BIN)/python $(PYTEST) -m slow
@@ -84,7 +87,7 @@ test-gpu: $(READY) ## only the tests that need a CUDA GPU
 	@$(BIN)/python -m pytest -m gpu
 
 test-lowest: $(LOWEST)/.ready ## the tests with the oldest supported versions of the dependencies
-	@$(ON_CPU) $(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not clients"
+	@$(ON_CPU) $(LOWEST)/bin/python $(PYTEST) -m "not slow and not layouts and not faults and not eval and not smoke and not clients"
 
 benchmark: $(READY) ## speed of steps, kernels and data on this machine, into benchmarks/results
 	@$(BIN)/python -W ignore benchmarks/bench_step.py --stages '[1]' --json benchmarks/results/step_1_cpu.json

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ross.checkpoint.agreement import CheckpointError, raise_together
 from megatron_ross.checkpoint.checksums import verify_files
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
-from megatron_ross.checkpoint.model_state import load_model_state
+from megatron_ross.checkpoint.model_state import load_model_state, with_tied_copy, without_tied_copy
 from megatron_ross.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from megatron_ross.checkpoint.reader import check_loadable
 from megatron_ross.checkpoint.retention import earlier_checkpoint
@@ -67,7 +67,8 @@ def _load_model(directory: Path, stages: list[RossStage]) -> None:
     """Weights of a checkpoint: its base's first, then its own."""
     with _explained(directory):
         index = check_loadable(directory)  # names a missing or short file, which Megatron does not, and refuses code
-    request = merged_model_state(stages)
+    chunks = merged_model_state(stages)
+    request = without_tied_copy(chunks)
     base = base_of(directory)
     if base is not None:
         _load_model(base, stages)
@@ -76,7 +77,7 @@ def _load_model(directory: Path, stages: list[RossStage]) -> None:
             chunk: {name: value for name, value in state.items() if value.key in held}
             for chunk, state in request.items()
         }
-    state = _load(request, directory)
+    state = with_tied_copy(chunks, _load(request, directory))
     for chunk, stage in enumerate(stages):
         load_model_state(stage, state.get(f"model{chunk}", {}), partial=base is not None)
 

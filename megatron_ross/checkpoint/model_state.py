@@ -17,6 +17,7 @@ from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_LM_HEAD = "output_layer.weight"
 
 
 def model_sharded_state(stage: RossStage) -> ShardedStateDict:
@@ -54,12 +55,41 @@ def _replicated(module: nn.Module, prefix: str, key_prefix: str, groups: Paralle
 def _output_layer(stage: RossStage, metadata: dict[str, Any]) -> ShardedStateDict:
     """The LM head; its vocabulary padding may differ between layouts. A tied copy goes by the embedding's key."""
     state = stage.output_layer.sharded_state_dict("output_layer.", (), metadata)
-    name = "output_layer.weight"
-    tensor: ShardedTensor = replace(state[name], allow_shape_mismatch=True)
+    tensor: ShardedTensor = replace(state[_LM_HEAD], allow_shape_mismatch=True)
     if getattr(stage.output_layer.weight, "shared_embedding", False):
         _, tp_rank, dp_rank = tensor.replica_id
         tensor = replace(tensor, key=_WORD_EMBEDDINGS, replica_id=(1, tp_rank, dp_rank))
-    return state | {name: tensor}
+    return state | {_LM_HEAD: tensor}
+
+
+def without_tied_copy(chunks: dict[str, ShardedStateDict]) -> dict[str, ShardedStateDict]:
+    """A rank's chunks without the LM head's copy of an embedding that another chunk holds: a checkpoint has one key for
+    both, and takes it from a rank once.
+    """
+    holder = _tied_copy(chunks)
+    return {
+        chunk: {name: value for name, value in state.items() if (chunk, name) != (holder, _LM_HEAD)}
+        for chunk, state in chunks.items()
+    }
+
+
+def with_tied_copy(
+    chunks: dict[str, ShardedStateDict], loaded: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """What was loaded for `without_tied_copy(chunks)`, with the embedding as LM head where that was left out."""
+    holder = _tied_copy(chunks)
+    embedding = next((state[_WORD_EMBEDDINGS] for state in loaded.values() if _WORD_EMBEDDINGS in state), None)
+    if holder is None or embedding is None:
+        return loaded
+    return loaded | {holder: loaded.get(holder, {}) | {_LM_HEAD: embedding}}
+
+
+def _tied_copy(chunks: dict[str, ShardedStateDict]) -> str | None:
+    """The chunk with a copy of the embedding as LM head, if another chunk of the rank has the embedding itself."""
+    if not any(_WORD_EMBEDDINGS in state for state in chunks.values()):
+        return None
+    heads = {chunk: state[_LM_HEAD] for chunk, state in chunks.items() if _LM_HEAD in state}
+    return next((chunk for chunk, head in heads.items() if head.key == _WORD_EMBEDDINGS), None)
 
 
 def _is_empty_object(value: Any) -> bool:

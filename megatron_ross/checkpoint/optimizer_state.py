@@ -47,6 +47,8 @@ def optimizer_sharded_state(
     result: ShardedStateDict = {}
     for parameter in _trainable_parameters(optimizer):
         source = by_parameter[id(parameter)]
+        if f"{_STATE_NAMES[0]}.{_local_name(source)}" in result:
+            continue  # a tied copy in another chunk of this rank: equal, and loaded from the same tensor
         for name in _STATE_NAMES:
             full = _allocate(parameter) if is_loading else _join(slices.get(id(parameter)), parameter, name, dp_group)
             key = f"optimizer.state.{name}.{source.key}"

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ross.checkpoint.agreement import raise_together
-from megatron_ross.checkpoint.model_state import model_sharded_state
+from megatron_ross.checkpoint.model_state import model_sharded_state, without_tied_copy
 from megatron_ross.checkpoint.optimizer_state import optimizer_sharded_state
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.checkpoint.vae import vae_sharded_state
@@ -19,7 +19,7 @@ from megatron_ross.parallel.groups import ParallelGroups
 
 
 def merged_model_state(stages: list[RossStage]) -> ShardedStateDict:
-    """Sharded tensors of all this rank's stages, keyed by chunk."""
+    """Sharded tensors of all this rank's stages, keyed by chunk; a tied copy in another chunk has the same key."""
     return {f"model{chunk}": model_sharded_state(stage) for chunk, stage in enumerate(stages)}
 
 
@@ -43,8 +43,9 @@ def training_state(
         CheckpointError: on every rank, when any rank could not read `source`.
     """
     model_state = merged_model_state(stages)
+    stored = without_tied_copy(model_state)
     return {
-        **(_trainable(model_state) if trainable_only else model_state | _absent_vae(source, stages)),
+        **(_trainable(stored) if trainable_only else stored | _absent_vae(source, stages)),
         "optimizer": optimizer_sharded_state(optimizer, model_state, groups.dp, is_loading=False),
         "scheduler": scheduler.state_dict(),
         "progress": progress,

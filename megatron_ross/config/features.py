@@ -6,6 +6,7 @@ line: setting, value, why not, and what to install or change.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -323,6 +324,30 @@ def _check_recompute(compute: ComputeConfig) -> None:
                 raise refuse(name, value, "is for recompute_granularity=full", "set that, or leave this out")
     if compute.recompute_modules is not None:
         _check_recompute_modules(compute)
+
+
+def check_recompute_groups(run: RunConfig, layout: StageLayout) -> None:
+    """Layers that are recomputed together divide every stage: Megatron asks for layers beyond the last otherwise.
+
+    Raises:
+        ConfigError: names the groups that work with the layout.
+    """
+    compute = run.compute
+    size = compute.recompute_num_layers
+    if compute.recompute_granularity != "full" or compute.recompute_method != "uniform" or not size:
+        return
+    stages = [stage for stage in layout.stages if stage.num_layers]
+    wrong = next((stage for stage in stages if stage.num_layers % size), None)
+    if wrong is not None:
+        common = math.gcd(*(stage.num_layers for stage in stages))
+        works = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise refuse(
+            "recompute_num_layers",
+            size,
+            f"recompute_method=uniform makes groups of so many layers, and stage {wrong.index} of layout {layout} has "
+            f"{wrong.num_layers}",
+            f"use {works}, or recompute_method: block",
+        )
 
 
 def _check_recompute_modules(compute: ComputeConfig) -> None:

@@ -47,6 +47,8 @@ class VisionConfig:
     image_std: tuple[float, float, float]
     select_layer: int = -2
     image_aspect_ratio: str = "pad"  # "pad" or "square"
+    resample: str = "bicubic"  # "bilinear", "bicubic" or "lanczos", as Pillow has them
+    do_center_crop: bool | None = None  # None: as the family does: CLIP crops the centre, SigLIP stretches
 
     @property
     def model_type(self) -> str:
@@ -73,6 +75,11 @@ class VisionConfig:
     @property
     def num_image_tokens(self) -> int:
         return self.grid_size**2
+
+    @property
+    def crops(self) -> bool:
+        """True if the shorter side is resized and the centre cut out, False if the image is stretched to a square."""
+        return self.model_type == "clip_vision_model" if self.do_center_crop is None else self.do_center_crop
 
     def shown(self, image_aspect_ratio: str | None) -> VisionConfig:
         """The tower with images that become square in another way; None: as they do already."""
@@ -111,6 +118,11 @@ class VaeConfig:
     @property
     def latent_channels(self) -> int:
         return self.hf_config["latent_channels"]
+
+    @property
+    def denoiser_channels(self) -> int:
+        """Channels of a denoiser token, a window of 2 x 2 latent cells (published name `mm_inv_hidden_size`)."""
+        return 4 * self.latent_channels
 
     @property
     def scaling_factor(self) -> float:

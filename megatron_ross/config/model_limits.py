@@ -30,6 +30,9 @@ MAX_PATCH_SIZE = 512
 
 Bounds = tuple[float, float]
 
+ROPE_TYPES = ("default", "linear", "llama3")
+RESAMPLE_FILTERS = ("bilinear", "bicubic", "lanczos")
+
 _LANGUAGE: dict[str, Bounds] = {
     "num_layers": (1, MAX_LAYERS),
     "hidden_size": (1, MAX_WIDTH),
@@ -60,6 +63,7 @@ _VAE: dict[str, Bounds] = {
 _NAMES_OF_CODE = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 """What transformers may take as the name of a module in a checkpoint, or of a kernel on the model hub."""
 
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 _MAX_BLOCKS = 16
 _MAX_BLOCK_WIDTH = 16384
 
@@ -94,12 +98,27 @@ def _check_language(language: LanguageModelConfig) -> None:
 
 
 def check_rope_scaling(where: str, scaling: Any) -> None:
-    """Factors of rotary position scaling. Raises ValueError."""
-    for name, value in _table(where, scaling).items():
-        if name not in ("rope_type", "type") and value is not None:
-            _number(f"{where}.{shown(name)}", value, 0, 1e9)
-    if scaling.get("factor") is not None:
-        _number(f"{where}.factor", scaling["factor"], 1e-6, 1e6)
+    """Rotary position scaling asks for nothing that the model code does not have. Raises ValueError.
+
+    Megatron Core takes a factor only; the other constants of llama3 scaling are fixed in its code.
+    """
+    kind = _table(where, scaling).get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise _wrong(f"{where}.rope_type", kind, "one of " + ", ".join(map(repr, ROPE_TYPES)))
+    if kind != "default":
+        _number(f"{where}.factor", scaling.get("factor"), 1e-6, 1e6)
+    fixed = {"partial_rotary_factor": 1} | (_LLAMA3_CONSTANTS if kind == "llama3" else {})
+    without_effect = ("rope_type", "type", "factor", *(_LLAMA3_CONSTANTS if kind != "llama3" else ()))
+    for name, value in scaling.items():
+        if name in without_effect or value is None:
+            continue
+        if name not in fixed:
+            raise ValueError(
+                f"{where}.{shown(name)} is {shown(value)}: {kind} scaling with it is not implemented; use a model "
+                "without it"
+            )
+        if isinstance(value, bool) or value != fixed[name]:
+            raise _wrong(f"{where}.{name}", value, f"{fixed[name]}: other values are not implemented")
 
 
 def _check_vision(vision: VisionConfig) -> None:
@@ -123,6 +142,10 @@ def _check_vision(vision: VisionConfig) -> None:
     _integer("vision.select_layer", vision.select_layer, -MAX_LAYERS, MAX_LAYERS)
     if vision.image_aspect_ratio not in ("pad", "square"):
         raise _wrong("vision.image_aspect_ratio", vision.image_aspect_ratio, "'pad' or 'square'")
+    if vision.resample not in RESAMPLE_FILTERS:
+        raise _wrong("vision.resample", vision.resample, "one of " + ", ".join(map(repr, RESAMPLE_FILTERS)))
+    if not isinstance(vision.do_center_crop, bool | None):
+        raise _wrong("vision.do_center_crop", vision.do_center_crop, "true, false or null")
 
 
 def _check_projector(projector: ProjectorConfig) -> None:

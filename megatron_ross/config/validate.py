@@ -6,7 +6,7 @@ import os
 
 from megatron_ross.config.blend import DataSource, data_sources, valid_source
 from megatron_ross.config.cli import ConfigError
-from megatron_ross.config.features import check_fp8_sizes
+from megatron_ross.config.features import check_fp8_sizes, check_recompute_groups
 from megatron_ross.config.layout import LayoutCosts, StageLayout, auto_layout, parse_layout
 from megatron_ross.config.limits import check_limits
 from megatron_ross.config.model import RossModelConfig
@@ -219,6 +219,7 @@ def resolve_layout(
         raise ConfigError(str(error)) from None
     _check_interleaving(run, layout, world_size)
     check_fp8_sizes(run, language, layout)
+    check_recompute_groups(run, layout)
     return layout
 
 

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import auto_cli
 
 from megatron_ross.checkpoint.reader import open_checkpoint
+from megatron_ross.config.model import DenoiserConfig, ProjectorConfig
 from megatron_ross.convert.exporter import export_adapters, export_ross
 from megatron_ross.convert.importer import ImportPlan, plan_checkpoint, plan_components, write_checkpoint
 
@@ -26,8 +27,8 @@ def import_checkpoint(
     vision_tower: str | None = None,
     vae: str | None = None,
     checkpoint: str | None = None,
-    projector_type: str = "mlp2x_gelu",
-    denoiser_type: str = "denoiser_vit3x",
+    projector_type: str | None = None,
+    denoiser_type: str | None = None,
     denoiser_width: int | None = None,
     mm_projector: Path | None = None,
     mm_inv_projector: Path | None = None,
@@ -35,16 +36,19 @@ def import_checkpoint(
 ) -> None:
     """Convert Hugging Face checkpoints into one Megatron checkpoint.
 
-    Give either `--checkpoint`, or `--llm` and `--vision-tower` (and `--vae`, unless plain LLaVA is wanted).
+    Give either `--checkpoint`, or `--llm` and `--vision-tower` (and `--vae`, unless plain LLaVA is wanted). With
+    `--checkpoint` and `--vae`, a model that has no denoiser yet gets one: LLaVA becomes Ross.
 
     Args:
         output: folder to create.
         llm: language model, folder or hub id (Qwen2, Qwen2.5, Vicuna, Llama-2, Llama-3).
-        vision_tower: SigLIP, SigLIP2 or CLIP, folder or hub id. With `checkpoint`: only its config is read.
-        vae: FLUX-type AutoencoderKL, folder or hub id. With `checkpoint`: only its config is read.
-        checkpoint: whole model, folder or hub id: published Ross composite or stock LLaVA.
-        projector_type: identity, linear or mlpNx_gelu.
-        denoiser_type: denoiser_vitNx.
+        vision_tower: SigLIP, SigLIP2 or CLIP, folder or hub id. With `checkpoint`: read where that lacks the tower's
+            config or weights.
+        vae: FLUX-type AutoencoderKL, folder or hub id, or FLUX's ae.safetensors. With a `checkpoint` that has a
+            denoiser: read where that lacks the auto-encoder's config.
+        checkpoint: whole model, folder or hub id: published Ross composite, stock LLaVA, LLaVA in its original format.
+        projector_type: identity, linear or mlpNx_gelu; default: mlp2x_gelu.
+        denoiser_type: denoiser_vitNx; default: denoiser_vit3x.
         denoiser_width: default: of the adapter file, else 1024 (1280 at depth 8, 1536 at depth 12).
         mm_projector: published mm_projector.bin; default: fresh.
         mm_inv_projector: published mm_inv_projector.bin; default: fresh.
@@ -52,16 +56,16 @@ def import_checkpoint(
     """
     plan: ImportPlan
     if checkpoint is not None:
-        if llm is not None or mm_projector is not None or mm_inv_projector is not None:
-            raise ValueError("--checkpoint is a whole model: --llm, --mm-projector and --mm-inv-projector do not apply")
-        plan = plan_checkpoint(checkpoint, vision_tower, vae)
+        if llm is not None or mm_projector is not None or projector_type is not None:
+            raise ValueError("--checkpoint is a whole model: --llm, --mm-projector and --projector-type do not apply")
+        plan = plan_checkpoint(checkpoint, vision_tower, vae, denoiser_type, denoiser_width, mm_inv_projector, seed)
     elif llm is not None and vision_tower is not None:
         plan = plan_components(
             llm,
             vision_tower,
             vae,
-            projector_type,
-            denoiser_type,
+            projector_type or ProjectorConfig().type,
+            denoiser_type or DenoiserConfig().type,
             denoiser_width,
             mm_projector,
             mm_inv_projector,
@@ -69,6 +73,8 @@ def import_checkpoint(
         )
     else:
         raise ValueError("give --checkpoint, or both --llm and --vision-tower")
+    for note in plan.notes:
+        print(f"note: {note}")
     write_checkpoint(plan, output)
     print(f"wrote {output}: {len(plan.tensors)} tensors")
 

@@ -20,15 +20,16 @@ from megatron_ross.config.model_limits import (
     MAX_POSITIONS,
     MAX_VOCABULARY,
     MAX_WIDTH,
+    ROPE_TYPES,
     check_rope_scaling,
 )
 from megatron_ross.config.shown import shown
 from megatron_ross.convert.checked_fields import Fields
+from megatron_ross.convert.preprocessor import preprocessed
 
 LANGUAGE_FAMILIES = {"qwen2": "qwen2", "llama": "llama", "ross_qwen2": "qwen2", "ross_llama": "llama"}
 """`model_type` -> family."""
 
-_ROPE_TYPES = ("default", "linear", "llama3")
 _ROPE_DEFAULT_BASE = 10000.0
 _TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {
@@ -78,6 +79,7 @@ def language_config(values: dict[str, Any], where: str) -> LanguageModelConfig:
     fields.choice("hidden_act", ("silu",), "silu")
     for unsupported in ("attention_bias", "mlp_bias", "use_sliding_window"):
         fields.choice(unsupported, (False,), False)
+    fields.choice("partial_rotary_factor", (1,), 1)
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
     heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
     groups = fields.integer("num_key_value_heads", 1, heads, heads)
@@ -112,11 +114,9 @@ def _rope(fields: Fields) -> tuple[float, dict[str, Any] | None]:
     scaling.pop("rope_theta", None)
     kind = scaling.pop("type", None)
     scaling.setdefault("rope_type", kind or "default")
-    Fields(scaling, f"{fields.where}, {name}").choice("rope_type", _ROPE_TYPES)
-    if scaling["rope_type"] == "default":
-        return base, None
+    Fields(scaling, f"{fields.where}, {name}").choice("rope_type", ROPE_TYPES)
     check_rope_scaling(f"{fields.where}, {name}", scaling)
-    return base, scaling
+    return base, scaling if scaling["rope_type"] != "default" else None
 
 
 def vision_config(
@@ -170,10 +170,10 @@ def image_statistics(preprocessor: dict[str, Any], where: str) -> tuple[tuple[fl
 
 def tower_config(directory: Path) -> VisionConfig:
     """Config of the tower in `directory` (config.json and preprocessor_config.json)."""
-    path = directory / "preprocessor_config.json"
-    mean, std = image_statistics(read_json(path), str(path))
-    config = directory / "config.json"
-    return vision_config(read_json(config), str(config), mean, std)
+    path, config = directory / "preprocessor_config.json", directory / "config.json"
+    preprocessor = read_json(path)
+    mean, std = image_statistics(preprocessor, str(path))
+    return preprocessed(vision_config(read_json(config), str(config), mean, std), preprocessor, str(path))
 
 
 def vae_config(values: dict[str, Any], where: str) -> VaeConfig:

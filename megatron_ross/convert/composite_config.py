@@ -1,25 +1,35 @@
 """config.json of a whole model <-> `RossModelConfig`: the published composite format and stock LLaVA.
 
 A published config has only names for the tower and the auto-encoder. Their configs come, in this order, from the fields
-that our exports add (`vision_config`, `vae_config`), a folder the caller gives, a folder inside the checkpoint, or
-`known_components`. A name is never followed out of the checkpoint.
+that our exports add (`vision_config`, `vae_config`), a folder the caller gives, a folder inside the checkpoint, and
+`known_components`, by name or by the sizes of the stored tensors. A name is never followed out of the checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import DenoiserConfig, ProjectorConfig, RossModelConfig, VaeConfig, VisionConfig
-from megatron_ross.config.model_limits import MAX_WIDTH
+from megatron_ross.config.model_limits import MAX_WIDTH, RESAMPLE_FILTERS
 from megatron_ross.config.shown import shown
 from megatron_ross.convert.checked_fields import Fields
 from megatron_ross.convert.component_config import image_statistics, language_config, vae_config, vision_config
-from megatron_ross.convert.hf_io import WeightFolder
-from megatron_ross.convert.known_components import FLUX_VAE, KNOWN_TOWERS
+from megatron_ross.convert.hf_io import TensorInfo, WeightFolder
+from megatron_ross.convert.known_components import FLUX_VAE, IMAGE_STATISTICS, KNOWN_TOWERS
 from megatron_ross.convert.layouts import ROSS_PREFIXES
+from megatron_ross.convert.preprocessor import preprocessed, stored_preprocessor, with_processing
+from megatron_ross.convert.read_off import described, known_tower, known_vae, shapes_below, tower_sizes, vae_sizes
+from megatron_ross.convert.vae_source import read_vae_config
+
+ORIGINAL_LLAVA = ("llava", "llava_llama", "llava_qwen", "llava_qwen2")
+"""`model_type` of checkpoints that LLaVA's own code has written; transformers' class has the first one, too."""
+
+PUBLISHED_SIGLIP_LAYER = -2
+"""The published code reads a SigLIP tower here, whatever `mm_vision_select_layer` says."""
 
 DEFAULT_WIDTHS = {8: 1280, 12: 1536}
 """Published denoiser widths by depth; every other depth has 1024."""
@@ -55,7 +65,7 @@ def ross_model_config(
     vision_dir: Path | None = None,
     vae_dir: Path | None = None,
 ) -> RossModelConfig:
-    """Model config of a Hugging Face checkpoint (`model_type` ross_qwen2, ross_llama or llava).
+    """Model config of a Hugging Face checkpoint: published Ross, stock LLaVA, or LLaVA in its original format.
 
     Args:
         config: its config.json.
@@ -67,19 +77,22 @@ def ross_model_config(
         ValueError: a field is missing, wrong, out of range or unsupported, or sizes of two parts do not meet.
     """
     where = str(Path(checkpoint_dir) / "config.json")
-    if config.get("model_type") == "llava":
+    if is_stock_llava(config):
         return _llava_config(Fields(config, where), Path(checkpoint_dir))
+    if is_original_llava(config):
+        config = config | {"model_type": f"ross_{original_family(config)}"}
     fields = Fields(config, where)
-    fields.choice("model_type", ("ross_qwen2", "ross_llama", "llava"))
+    fields.choice("model_type", ("ross_qwen2", "ross_llama", *ORIGINAL_LLAVA))
     fields.choice("mm_vision_select_feature", ("patch",), "patch")
     fields.choice("mm_patch_merge_type", ("flat",), "flat")
     for unsupported in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         fields.choice(unsupported, (False,), False)
-    vision = _tower(fields, Path(checkpoint_dir), vision_dir)
+    stored = _Stored(Path(checkpoint_dir))
+    vision = _tower(fields, stored, vision_dir)
     denoiser, vae = None, None
-    if fields.has("mm_inv_projector_type") and fields.has("mm_pixel_decoder"):
-        denoiser = _denoiser(fields, Path(checkpoint_dir))
-        vae = _auto_encoder(fields, Path(checkpoint_dir), vae_dir)
+    if has_denoiser(config):
+        denoiser = _denoiser(fields, stored)
+        vae = _auto_encoder(fields, stored, vae_dir)
     model = RossModelConfig(
         language=language_config(config, where),
         vision=vision,
@@ -89,6 +102,28 @@ def ross_model_config(
     )
     _check_sizes(fields, model)
     return model
+
+
+def is_stock_llava(config: dict[str, Any]) -> bool:
+    """config.json of transformers' `LlavaForConditionalGeneration`."""
+    return config.get("model_type") == "llava" and config.get("text_config") is not None
+
+
+def is_original_llava(config: dict[str, Any]) -> bool:
+    """config.json of LLaVA's own code, whose layout the published Ross format has taken over."""
+    return config.get("model_type") in ORIGINAL_LLAVA and not is_stock_llava(config)
+
+
+def original_family(config: dict[str, Any]) -> str:
+    """Language model family of an original LLaVA; its classes are LlavaLlamaForCausalLM, LlavaQwenForCausalLM, ..."""
+    classes = config.get("architectures")
+    named = f"{config.get('model_type')} {' '.join(map(str, classes)) if isinstance(classes, list) else ''}"
+    return "qwen2" if "qwen" in named.lower() else "llama"
+
+
+def has_denoiser(config: dict[str, Any]) -> bool:
+    """True if the config names a denoiser and an auto-encoder; the published baseline leaves them empty."""
+    return bool(config.get("mm_inv_projector_type")) and bool(config.get("mm_pixel_decoder"))
 
 
 def denoiser_config(type_name: str, width: int | None = None, objective: str = "denoise") -> DenoiserConfig:
@@ -107,46 +142,83 @@ def denoiser_config(type_name: str, width: int | None = None, objective: str = "
     return config
 
 
-def _tower(fields: Fields, checkpoint_dir: Path, vision_dir: Path | None) -> VisionConfig:
-    name = fields.text("mm_vision_tower")
-    inside = vision_dir or _inside(checkpoint_dir, name)
-    if fields.has("vision_config"):
-        values, where = fields.table("vision_config").values, f"{fields.where}, vision_config"
-    elif inside is not None:
-        values, where = read_json(inside / "config.json"), str(inside / "config.json")
-    elif name.rstrip("/").split("/")[-1] in KNOWN_TOWERS:
-        values, where = KNOWN_TOWERS[name.rstrip("/").split("/")[-1]], f"built-in config of {name}"
-    else:
-        raise ValueError(
-            f"{fields.where}: the config of tower {name!r} is unknown: give its folder with --vision-tower"
-        )
+class _Stored:
+    """A checkpoint's folder and its tensors, whose headers are read when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return WeightFolder(self.directory).tensors
+
+
+def _tower(fields: Fields, stored: _Stored, vision_dir: Path | None) -> VisionConfig:
+    values, where = _tower_values(fields, stored, vision_dir)
     select_layer = fields.integer("mm_vision_select_layer", -1024, 1024, -2)
     if "siglip" in str(values.get("model_type")):
-        select_layer = -2  # as published: fixed for SigLIP, whatever the config says
+        # Our exports name another layer in a field that the published code does not know.
+        select_layer = fields.integer("vision_feature_layer", -1024, 1024, PUBLISHED_SIGLIP_LAYER)
     ratio = fields.choice("image_aspect_ratio", ("pad", "square"), "square")
-    mean, std = _statistics(fields, checkpoint_dir, vision_dir)
-    return vision_config(values, where, mean, std, select_layer, ratio)
+    preprocessor = stored_preprocessor(stored.directory) or (stored_preprocessor(vision_dir) if vision_dir else None)
+    mean, std = _statistics(fields, preprocessor, values)
+    vision = vision_config(values, where, mean, std, select_layer, ratio)
+    if fields.has("image_resample"):  # our exports, where the processor's file does not tell
+        return with_processing(
+            vision, fields.choice("image_resample", RESAMPLE_FILTERS), fields.boolean("image_do_center_crop")
+        )
+    return preprocessed(vision, *preprocessor) if preprocessor is not None else vision
+
+
+def _tower_values(fields: Fields, stored: _Stored, vision_dir: Path | None) -> tuple[dict[str, Any], str]:
+    """The tower's config, and where it is from."""
+    name = fields.text("mm_vision_tower")
+    inside = vision_dir or _inside(stored.directory, name)
+    if fields.has("vision_config"):
+        return fields.table("vision_config").values, f"{fields.where}, vision_config"
+    if inside is not None:
+        return read_json(inside / "config.json"), str(inside / "config.json")
+    base_name = name.rstrip("/").split("/")[-1]
+    if base_name in KNOWN_TOWERS:
+        return KNOWN_TOWERS[base_name], f"built-in config of {name}"
+    try:
+        sizes = tower_sizes(shapes_below(stored.tensors, ROSS_PREFIXES["vision"]))
+        known, found = known_tower(sizes), f"its tensors ({described(sizes)}) are no known tower's"
+    except ValueError as error:
+        known, found = None, str(error)
+    if known is None or "siglip2" in name.lower():  # same sizes as SigLIP, another filter
+        raise ValueError(
+            f"{fields.where}: the config of tower {name!r} is unknown, and {found}: give its folder or hub id with "
+            "--vision-tower"
+        )
+    return known, f"built-in config of the tower with the sizes of {name}"
 
 
 def _statistics(
-    fields: Fields, checkpoint_dir: Path, vision_dir: Path | None
+    fields: Fields, preprocessor: tuple[dict[str, Any], str] | None, tower: dict[str, Any]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel mean and deviation: of the config, else of the image processor, else of the known tower."""
+    if preprocessor is not None and Fields(*preprocessor).has("image_mean"):
+        beside = image_statistics(*preprocessor)
+        if fields.has("image_mean") and (own := image_statistics(fields.values, fields.where)) != beside:
+            raise ValueError(
+                f"{fields.where}: image_mean and image_std are {own}, but {preprocessor[1]} has {beside}: "
+                "make them equal"
+            )
+        return beside
     if fields.has("image_mean"):
         return image_statistics(fields.values, fields.where)
-    for directory in (checkpoint_dir, vision_dir):
-        if directory is not None and (directory / "preprocessor_config.json").is_file():
-            path = directory / "preprocessor_config.json"
-            return image_statistics(read_json(path), str(path))
+    if tower in KNOWN_TOWERS.values():
+        return IMAGE_STATISTICS[tower["model_type"]]
     raise ValueError(f"{fields.where} has no image_mean and no preprocessor_config.json beside it: give --vision-tower")
 
 
-def _denoiser(fields: Fields, checkpoint_dir: Path) -> DenoiserConfig:
+def _denoiser(fields: Fields, stored: _Stored) -> DenoiserConfig:
     width: int | None = None
     if fields.has("mm_inv_projector_width"):
         width = fields.integer("mm_inv_projector_width", 16, MAX_WIDTH)
     else:
-        tensors = WeightFolder(checkpoint_dir).tensors
-        table = tensors.get(ROSS_PREFIXES["denoiser"] + "pos_embed")
+        table = stored.tensors.get(ROSS_PREFIXES["denoiser"] + "pos_embed")
         width = table.shape[-1] if table is not None else None
     try:
         objective = fields.choice("mm_inv_projector_objective", ("denoise", "regress"), "denoise")
@@ -155,16 +227,28 @@ def _denoiser(fields: Fields, checkpoint_dir: Path) -> DenoiserConfig:
         raise ValueError(f"{fields.where}: {error}") from None
 
 
-def _auto_encoder(fields: Fields, checkpoint_dir: Path, vae_dir: Path | None) -> VaeConfig:
+def _auto_encoder(fields: Fields, stored: _Stored, vae_dir: Path | None) -> VaeConfig:
     name = fields.text("mm_pixel_decoder")
-    inside = vae_dir or _inside(checkpoint_dir, name)
+    inside = _inside(stored.directory, name)
     if fields.has("vae_config"):
         return vae_config(fields.table("vae_config").values, f"{fields.where}, vae_config")
+    if vae_dir is not None:
+        return read_vae_config(vae_dir)
     if inside is not None:
         return vae_config(read_json(inside / "config.json"), str(inside / "config.json"))
     if "flux" in name.lower():
         return vae_config(FLUX_VAE, "built-in config of the FLUX auto-encoder")
-    raise ValueError(f"{fields.where}: the config of auto-encoder {name!r} is unknown: give its folder with --vae")
+    try:
+        sizes = vae_sizes(shapes_below(stored.tensors, ROSS_PREFIXES["vae"]))
+        known, found = known_vae(sizes), f"its tensors ({described(sizes)}) are not FLUX.1's"
+    except ValueError as error:
+        known, found = None, str(error)
+    if known is None or re.search(r"stable-diffusion|sd3|sd-vae|sdxl", name.lower()):  # SD 3 has FLUX's sizes
+        raise ValueError(
+            f"{fields.where}: the config of auto-encoder {name!r} is unknown, and {found}; the scaling of its latents "
+            "is in no tensor: give its folder or hub id with --vae"
+        )
+    return vae_config(known, "built-in config of the FLUX auto-encoder")
 
 
 def _inside(checkpoint_dir: Path, name: str) -> Path | None:
@@ -178,10 +262,12 @@ def _check_sizes(fields: Fields, model: RossModelConfig) -> None:
     expected = {
         "mm_hidden_size": model.vision.hidden_size,
         "image_embed_len": model.vision.num_image_tokens,
-        "mm_inv_hidden_size": model.language.hidden_size,
     }
     if model.vae is not None:
         expected["decode_image_size"] = model.decode_image_size
+        # Early exports of ours, which have the fields of ours, hold the language model's width.
+        early = fields.has("vae_config") and fields.values.get("mm_inv_hidden_size") == model.language.hidden_size
+        expected["mm_inv_hidden_size"] = model.language.hidden_size if early else model.vae.denoiser_channels
     for name, size in expected.items():
         if fields.has(name) and fields.integer(name, 0, 1 << 31) != size:
             raise ValueError(f"{fields.where}: {name} is {fields.values[name]}, but the parts make it {size}")
@@ -195,8 +281,8 @@ def _llava_config(fields: Fields, checkpoint_dir: Path) -> RossModelConfig:
     if fields.has("tie_word_embeddings") and not text.has("tie_word_embeddings"):
         text_values["tie_word_embeddings"] = fields.boolean("tie_word_embeddings")
     tower = fields.table("vision_config")
-    preprocessor = _llava_preprocessor(checkpoint_dir)
-    mean, std = image_statistics(preprocessor, str(checkpoint_dir / "preprocessor_config.json"))
+    preprocessor, preprocessor_file = _llava_preprocessor(checkpoint_dir)
+    mean, std = image_statistics(preprocessor, preprocessor_file)
     default_ratio = "pad" if preprocessor.get("do_pad") else "square"
     vision = vision_config(
         tower.values,
@@ -206,6 +292,7 @@ def _llava_config(fields: Fields, checkpoint_dir: Path) -> RossModelConfig:
         fields.integer("vision_feature_layer", -1024, 1024, -2),
         fields.choice("image_aspect_ratio", ("pad", "square"), default_ratio),
     )
+    vision = preprocessed(vision, preprocessor, preprocessor_file)
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
     fields.choice("vision_feature_select_strategy", (strategy,), "default")
     fields.choice("projector_hidden_act", ("gelu",), "gelu")
@@ -213,13 +300,10 @@ def _llava_config(fields: Fields, checkpoint_dir: Path) -> RossModelConfig:
     return RossModelConfig(language_config(text_values, text.where), vision, ProjectorConfig("mlp2x_gelu"))
 
 
-def _llava_preprocessor(checkpoint_dir: Path) -> dict[str, Any]:
-    """Image processor config: preprocessor_config.json, or nested in processor_config.json (transformers 5)."""
-    path = checkpoint_dir / "preprocessor_config.json"
-    if path.is_file():
-        return read_json(path)
-    path = checkpoint_dir / "processor_config.json"
-    nested = read_json(path).get("image_processor")
-    if not isinstance(nested, dict):
-        raise ValueError(f"{path} has no image_processor, and there is no preprocessor_config.json")
-    return nested
+def _llava_preprocessor(checkpoint_dir: Path) -> tuple[dict[str, Any], str]:
+    found = stored_preprocessor(checkpoint_dir)
+    if found is None:
+        raise ValueError(
+            f"{checkpoint_dir} has no preprocessor_config.json, and no image_processor in processor_config.json"
+        )
+    return found

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from megatron_ross.checkpoint.reader import CheckpointReader
 from megatron_ross.convert.atomic import atomic_directory, create_file, save_torch
+from megatron_ross.convert.composite_config import PUBLISHED_SIGLIP_LAYER
 from megatron_ross.convert.hf_io import OutputTensor, write_safetensors
-from megatron_ross.convert.layouts import ROSS_PREFIXES, ross_mappings
+from megatron_ross.convert.layouts import ROSS_PREFIXES, VOCABULARY_KEYS, ross_mappings
 from megatron_ross.convert.mapping import TensorMapping, with_prefix
 from megatron_ross.convert.matching import listed
 from megatron_ross.convert.model_card import model_card
@@ -30,7 +31,6 @@ from megatron_ross.convert.sources import (
 
 MAX_SHARD_BYTES = 5_000_000_000
 _ASSET_FILES = TOKENIZER_FILES + CHAT_TEMPLATE_FILES + GENERATION_FILES + PROCESSOR_FILES
-_VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class TensorExport:
@@ -73,7 +73,7 @@ class TensorExport:
         """(name, tensor) in the same order, one checkpoint tensor in memory at a time."""
         for mapping in self.mappings:
             tensor = self.reader.read(mapping.key)
-            if mapping.key in _VOCABULARY_KEYS:
+            if mapping.key in VOCABULARY_KEYS:
                 tensor = tensor[: mapping.shape[0]]  # rows beyond the vocabulary are padding for tensor parallelism
             pieces = mapping.split(tensor)
             del tensor
@@ -83,7 +83,7 @@ class TensorExport:
 
 
 def _shape_fits(mapping: TensorMapping, stored: tuple[int, ...]) -> bool:
-    if mapping.key in _VOCABULARY_KEYS:
+    if mapping.key in VOCABULARY_KEYS:
         return stored[0] >= mapping.shape[0] and stored[1:] == mapping.shape[1:]
     return stored == mapping.shape
 
@@ -148,8 +148,19 @@ def export_ross(
         copy_assets(reader.assets, _ASSET_FILES, directory)
         complete_ross_folder(directory, reader, config, templates)
         write_json(directory / "config.json", config)
-        (directory / "README.md").write_text(model_card(reader, "ross"), encoding="utf-8")
+        (directory / "README.md").write_text(model_card(reader, "ross", _layer_note(config)), encoding="utf-8")
         write_weights(directory, export, max_shard_bytes)
+
+
+def _layer_note(config: dict[str, Any]) -> tuple[str, ...]:
+    """What a reader of the card must know of a SigLIP tower that is not read where the published code reads it."""
+    if "vision_feature_layer" not in config:
+        return ()
+    return (
+        f"The vision tower is read at layer {config['vision_feature_layer']}. The published code reads SigLIP at layer "
+        f"{PUBLISHED_SIGLIP_LAYER} whatever the config says, and answers otherwise; `megatron_ross.huggingface` and "
+        "Megatron-Ross's converter use the right one.",
+    )
 
 
 def export_adapters(reader: CheckpointReader, output: Path, dtype: torch.dtype | None = None) -> None:

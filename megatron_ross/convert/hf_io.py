@@ -87,7 +87,7 @@ class SafetensorsFile(WeightFile):
     def tensors(self) -> dict[str, TensorInfo]:
         for name, entry in self._entries.items():
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not supported")
+                raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}: quantised weights are not read")
         return {n: TensorInfo(tuple(e["shape"]), _DTYPES[e["dtype"]], self.path) for n, e in self._entries.items()}
 
     def read(self, name: str) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig
 from megatron_ross.convert.component_config import vae_config, vision_config
-from megatron_ross.convert.known_components import FLUX_VAE, KNOWN_TOWERS
+from megatron_ross.convert.known_components import FLUX_VAE, IMAGE_STATISTICS, KNOWN_TOWERS
 
 _QWEN2: dict[str, Any] = {
     "family": "qwen2",
@@ -57,14 +57,7 @@ KNOWN_LANGUAGE_MODELS = {
     ),
 }
 
-_TOWERS = {
-    "siglip-so400m": ("siglip-so400m-patch14-384", (0.5,) * 3, (0.5,) * 3),
-    "clip-l-336": (
-        "clip-vit-large-patch14-336",
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
-}
+_TOWERS = {"siglip-so400m": "siglip-so400m-patch14-384", "clip-l-336": "clip-vit-large-patch14-336"}
 
 
 def known_model(name: str, *, reconstructs: bool = True) -> RossModelConfig:
@@ -79,10 +72,11 @@ def known_model(name: str, *, reconstructs: bool = True) -> RossModelConfig:
             f"model={name!r}: not known; write one of {', '.join(KNOWN_LANGUAGE_MODELS)}, then +, then one of "
             f"{', '.join(_TOWERS)}, or give a checkpoint"
         )
-    component, mean, std = _TOWERS[tower]
+    component = _TOWERS[tower]
+    values = KNOWN_TOWERS[component]
     return RossModelConfig(
         language=KNOWN_LANGUAGE_MODELS[language],
-        vision=vision_config(KNOWN_TOWERS[component], component, mean, std),
+        vision=vision_config(values, component, *IMAGE_STATISTICS[values["model_type"]]),
         denoiser=DenoiserConfig() if reconstructs else None,
         vae=vae_config(FLUX_VAE, "FLUX.1") if reconstructs else None,
     )

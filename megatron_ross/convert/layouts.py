@@ -23,6 +23,9 @@ PARTS = {
 }
 """Part of the model -> prefixes of its checkpoint keys."""
 
+VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Checkpoint keys of the tensors with a row per token."""
+
 ROSS_PREFIXES = {
     "vision": "model.vision_tower.vision_tower." + HF_PREFIX,
     "projector": "model.mm_projector.",

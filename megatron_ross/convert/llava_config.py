@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.model import RossModelConfig, VisionConfig
+from megatron_ross.convert.preprocessor import PILLOW_FILTERS
 from megatron_ross.convert.published_config import language_fields
 
 _TEXT_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-_BICUBIC = 3
 PILLOW_FILE = "image_processing_pillow.py"
 PILLOW_PROCESSOR = '''\
 """LLaVA's image processor with Pillow, as in training, whether torchvision is there or not: trust_remote_code=True."""
@@ -71,7 +71,7 @@ def llava_config(manifest: Manifest, token_ids: dict[str, Any], image_token_id: 
 def image_processor_config(model: RossModelConfig) -> dict[str, Any]:
     """preprocessor_config.json: `LlavaImageProcessor`, whose padding equals the published one bit for bit."""
     side = model.vision.image_size
-    is_clip = model.vision.model_type == "clip_vision_model"
+    crops = model.vision.crops
     return {
         "image_processor_type": "LlavaImageProcessor",
         "auto_map": {"AutoImageProcessor": PILLOW_FILE.replace(".py", ".LlavaImageProcessorPillow")},
@@ -79,9 +79,9 @@ def image_processor_config(model: RossModelConfig) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_pad": model.vision.image_aspect_ratio == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": side} if is_clip else {"height": side, "width": side},
-        "resample": _BICUBIC,
-        "do_center_crop": is_clip,
+        "size": {"shortest_edge": side} if crops else {"height": side, "width": side},
+        "resample": PILLOW_FILTERS[model.vision.resample],
+        "do_center_crop": crops,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_ross.convert.hf_io import TensorInfo, WeightFolder
-from megatron_ross.convert.layouts import part_of
+from megatron_ross.convert.layouts import VOCABULARY_KEYS, part_of
 from megatron_ross.convert.mapping import TensorMapping
 from megatron_ross.convert.torch_dist_writer import LazyTensor
+from megatron_ross.convert.unsupported import recognised
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LISTED = 20
@@ -61,12 +62,15 @@ def check_names(where: str, names: Iterable[str], mappings: Sequence[TensorMappi
     missing = sorted(wanted - names)
     unknown = sorted(name for name in names - wanted if not skip.fullmatch(name))
     problems = [f"{kind} {listed(found)}" for kind, found in (("missing", missing), ("unknown", unknown)) if found]
+    if problems and (kind := recognised(unknown)) is not None:
+        raise ValueError(f"{where}: {kind}")
     if problems:
         raise ValueError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
 
 
 def check_shapes(infos: Mapping[str, TensorInfo], mappings: Sequence[TensorMapping]) -> None:
     """Stored shapes equal those of the table."""
+    _check_vocabulary(infos, mappings)
     wrong = [
         f"{part.name} is {list(infos[part.name].shape)} in {infos[part.name].file}, expected {list(part.shape)}"
         for mapping in mappings
@@ -77,13 +81,37 @@ def check_shapes(infos: Mapping[str, TensorInfo], mappings: Sequence[TensorMappi
         raise ValueError(f"wrong shape: {listed(wrong)}")
 
 
+def _check_vocabulary(infos: Mapping[str, TensorInfo], mappings: Sequence[TensorMapping]) -> None:
+    """The embedding and the head have the rows that the config says: merges and added tokens often change them."""
+    rows = {
+        part.name: (infos[part.name], part.shape[0])
+        for mapping in mappings
+        for part in mapping.parts
+        if mapping.key in VOCABULARY_KEYS and len(infos[part.name].shape) == 2
+    }
+    found = {name: info.shape[0] for name, (info, _) in rows.items()}
+    wrong = [name for name, (_, expected) in rows.items() if found[name] != expected]
+    if not wrong:
+        return
+    info, expected = rows[wrong[0]]
+    sizes = " and ".join(f"{name} has {count} rows" for name, count in found.items())
+    fix = f"set vocab_size to {found[wrong[0]]}" if len(set(found.values())) == 1 else "save both from one model"
+    raise ValueError(
+        f"{info.file}: {sizes}, but vocab_size in config.json is {expected}: tokens were added, or the model was "
+        f"merged with another vocabulary; {fix}"
+    )
+
+
 def check_dtypes(infos: Mapping[str, TensorInfo], mappings: Sequence[TensorMapping]) -> dict[str, torch.dtype]:
     """Dtype of every part of the model: floating point, and one per part."""
     first: dict[str, str] = {}
     for name, part in ((p.name, part_of(m.key)) for m in mappings for p in m.parts):
         info, reference = infos[name], infos[first.setdefault(part, name)]
         if info.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{info.file}: {name} is {info.dtype}, expected float32, bfloat16 or float16")
+            raise ValueError(
+                f"{info.file}: {name} is {info.dtype}, expected float32, bfloat16 or float16; quantised weights are "
+                "not read"
+            )
         if info.dtype != reference.dtype:
             raise ValueError(
                 f"dtype mismatch: {name} is {info.dtype} in {info.file}, but {first[part]} is {reference.dtype}: "

@@ -3,7 +3,8 @@
 A checkpoint that came from a composite keeps its config unchanged. One that came from components gets the language
 model's fields plus those that the published code adds. Both get three fields of ours (`vision_config`, `vae_config`,
 `mm_inv_projector_width`), which the published code ignores and which make the folder self-contained. A denoiser that
-regresses latents says so in a fourth, `mm_inv_projector_objective`.
+regresses latents says so in a fourth, `mm_inv_projector_objective`; a tower whose layer, filter or crop the published
+code would not use, in `vision_feature_layer`, `image_resample` and `image_do_center_crop`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.config.json_files import read_json
-from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig
+from megatron_ross.config.model import DenoiserConfig, LanguageModelConfig, RossModelConfig, VisionConfig
+from megatron_ross.convert.composite_config import PUBLISHED_SIGLIP_LAYER, has_denoiser
+from megatron_ross.convert.preprocessor import preprocessed, stored_preprocessor
 from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}
 _TOKENIZER_MAX_LENGTH = 2048
+_OUR_VISION_FIELDS = ("vision_feature_layer", "image_resample", "image_do_center_crop")
 
 
 def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, Any]:
@@ -30,16 +34,20 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
     """
     model = manifest.model
     source = read_json(assets / SOURCE_CONFIG)
+    names = {source.part: source.name for source in manifest.sources}
     if str(source.get("model_type", "")).startswith("ross_"):
         config = dict(source)
     else:
         text = source.get("text_config", source)
-        config = text | language_fields(model.language) | _published_fields(manifest)
+        names = {"vision": source["mm_vision_tower"]} | names if source.get("mm_vision_tower") else names
+        config = text | language_fields(model.language) | _published_fields(manifest, names)
         if config.get("pad_token_id") is None and (assets / GENERATION_FILES[0]).is_file():
             config["pad_token_id"] = read_json(assets / GENERATION_FILES[0]).get("pad_token_id")
-    config["vision_config"] = model.vision.hf_config
-    config["image_aspect_ratio"] = model.vision.image_aspect_ratio  # training may have changed it
+    config |= _vision_fields(model.vision, assets)
     if model.denoiser is not None and model.vae is not None:
+        if not has_denoiser(config):
+            config |= _denoiser_fields(model, names)
+        config["mm_inv_hidden_size"] = model.vae.denoiser_channels  # early exports of ours hold another number
         config["vae_config"] = model.vae.hf_config
         config["mm_inv_projector_width"] = model.denoiser.width
         config.pop("mm_inv_projector_objective", None)
@@ -47,7 +55,33 @@ def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, 
             config["mm_inv_projector_objective"] = model.denoiser.objective
     config["torch_dtype"] = dtype
     config.pop("dtype", None)  # transformers 5's name of torch_dtype, which the published code does not know
-    return config
+    return {name: value for name, value in config.items() if name not in _OUR_VISION_FIELDS or value is not None}
+
+
+def _vision_fields(vision: VisionConfig, assets: Path) -> dict[str, Any]:
+    """What training may have changed, and what the published format has no field for; None where there is no need."""
+    fixed = vision.model_type == "siglip_vision_model" and vision.select_layer != PUBLISHED_SIGLIP_LAYER
+    said = _usual_processing(vision) and _file_agrees(vision, assets)
+    return {
+        "vision_config": vision.hf_config,
+        "image_aspect_ratio": vision.image_aspect_ratio,
+        "vision_feature_layer": vision.select_layer if fixed else None,
+        "image_resample": None if said else vision.resample,
+        "image_do_center_crop": None if said else vision.crops,
+    }
+
+
+def _usual_processing(vision: VisionConfig) -> bool:
+    return (vision.resample, vision.do_center_crop) == (VisionConfig.resample, VisionConfig.do_center_crop)
+
+
+def _file_agrees(vision: VisionConfig, assets: Path) -> bool:
+    """False where the tower's own file, which earlier versions did not heed, says something else than the manifest."""
+    stored = stored_preprocessor(assets)
+    try:
+        return stored is None or preprocessed(vision, *stored) == vision
+    except ValueError:
+        return False
 
 
 def language_fields(language: LanguageModelConfig) -> dict[str, Any]:
@@ -73,11 +107,10 @@ def language_fields(language: LanguageModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _published_fields(manifest: Manifest) -> dict[str, Any]:
-    """Fields that the published code adds to the language model's config."""
+def _published_fields(manifest: Manifest, names: dict[str, str]) -> dict[str, Any]:
+    """Fields that the published code adds to the language model's config; `names` has those of the parts."""
     model = manifest.model
-    names = {source.part: source.name for source in manifest.sources}
-    has_denoiser = model.denoiser is not None
+    reconstructs = model.denoiser is not None
     fields = {
         "_name_or_path": names.get("language", ""),
         "architectures": [ARCHITECTURES[model.language.family]],
@@ -96,7 +129,7 @@ def _published_fields(manifest: Manifest) -> dict[str, Any]:
         "mm_vision_select_layer": model.vision.select_layer,
         "mm_vision_tower": names.get("vision", model.vision.model_type),
         "mm_vision_tower_lr": None,
-        "ross_enable": has_denoiser,
+        "ross_enable": reconstructs,
         "tokenizer_model_max_length": _max_length(manifest),
         "tokenizer_padding_side": "right",
         "tune_mm_mlp_adapter": False,
@@ -104,16 +137,16 @@ def _published_fields(manifest: Manifest) -> dict[str, Any]:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    return fields | (_denoiser_fields(model, names) if has_denoiser else {})
+    return fields
 
 
 def _denoiser_fields(model: RossModelConfig, names: dict[str, str]) -> dict[str, Any]:
     return {
         "decode_image_size": model.decode_image_size,
-        "mm_inv_hidden_size": model.language.hidden_size,
         "mm_inv_projector_lr": None,
         "mm_inv_projector_type": model.denoiser.type if model.denoiser is not None else None,
         "mm_pixel_decoder": names.get("vae", "vae"),
+        "ross_enable": True,
         "use_mm_inv_proj": True,
     }
 

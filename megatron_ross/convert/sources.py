@@ -33,6 +33,7 @@ SOURCE_CONFIG = "source_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED_NAMES = {
     "config.json",
+    "adapter_config.json",
     *TOKENIZER_FILES,
     *CHAT_TEMPLATE_FILES,
     *PROCESSOR_FILES,

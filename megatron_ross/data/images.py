@@ -1,8 +1,8 @@
 """Image files -> the vision tower's pixels, as published, with Pillow.
 
 Everything becomes RGB first. `pad` pastes the image into a square of its longer side in the mean colour. Then SigLIP's
-processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre. Resizing is bicubic on
-uint8; pixels are then (value / 255 - mean) / std.
+processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre. Resizing, bicubic if
+the tower's processor says nothing else, is on uint8; pixels are then (value / 255 - mean) / std.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"image {name!r} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Those of FORMATS that this build of Pillow has."""
@@ -75,7 +82,8 @@ def _check_size(width: int, height: int) -> None:
 class ImageProcessor:
     """Callable from a PIL image to pixels.
 
-    `mode` is "pad" or "square" (published name `image_aspect_ratio`); `resize` is "stretch" (SigLIP) or "crop" (CLIP).
+    `mode` is "pad" or "square" (published name `image_aspect_ratio`); `resize` is "stretch" (SigLIP) or "crop" (CLIP);
+    `resample` is Pillow's filter.
     """
 
     mean: tuple[float, float, float]
@@ -83,18 +91,27 @@ class ImageProcessor:
     image_size: int
     mode: str = "pad"
     resize: str = "stretch"
+    resample: str = "bicubic"
 
     def __post_init__(self) -> None:
         if self.mode not in ("pad", "square"):
             raise ValueError(f"image_aspect_ratio {self.mode!r} is unknown; use 'pad' or 'square'")
         if self.resize not in ("stretch", "crop"):
             raise ValueError(f"resize {self.resize!r} is unknown; use 'stretch' or 'crop'")
+        if self.resample not in _FILTERS:
+            raise ValueError(f"resample {self.resample!r} is unknown; use {', '.join(map(repr, _FILTERS))}")
 
     @classmethod
     def from_config(cls, vision: VisionConfig) -> ImageProcessor:
         """The processor that belongs to a vision tower."""
-        resize = "crop" if vision.model_type.startswith("clip") else "stretch"
-        return cls(vision.image_mean, vision.image_std, vision.image_size, vision.image_aspect_ratio, resize)
+        return cls(
+            vision.image_mean,
+            vision.image_std,
+            vision.image_size,
+            vision.image_aspect_ratio,
+            "crop" if vision.crops else "stretch",
+            vision.resample,
+        )
 
     @property
     def pad_colour(self) -> tuple[int, int, int]:
@@ -117,9 +134,9 @@ class ImageProcessor:
             image = pad_to_square(image, self.pad_colour)
         size = self.image_size
         if self.resize == "stretch":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
+            image = image.resize((size, size), _FILTERS[self.resample])
         else:
-            image = _scale_and_crop(image, size)
+            image = _scale_and_crop(image, size, _FILTERS[self.resample])
         return np.asarray(image)
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
@@ -144,11 +161,11 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def _scale_and_crop(image: Image.Image, size: int) -> Image.Image:
+def _scale_and_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     """Shorter side to `size` (the longer one rounded down), then the central square."""
     shorter = min(image.size)
     width, height = (size if side == shorter else int(size * side / shorter) for side in image.size)
     _check_size(width, height)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), resample)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -51,6 +51,7 @@ class CacheKey:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     moments_shape: tuple[int, ...]  # 2, C, 2g, 2g
+    resample: str = "bicubic"
 
     @classmethod
     def of(cls, vae_digest: str, processor: ImageProcessor, *, latent_channels: int, grid_size: int) -> CacheKey:
@@ -63,6 +64,7 @@ class CacheKey:
             image_mean=tuple(processor.mean),
             image_std=tuple(processor.std),
             moments_shape=(2, latent_channels, 2 * grid_size, 2 * grid_size),
+            resample=processor.resample,
         )
 
 
@@ -93,7 +95,7 @@ def check_cache(folder: Path, key: CacheKey, *, advice: str = _MAKE_ONE) -> None
     Raises:
         ValueError: no cache, or one for another VAE or other preprocessing; the message names the difference.
     """
-    stored = _read_key(folder)
+    stored = {"resample": CacheKey.resample} | _read_key(folder)  # older caches do not name the filter
     for name, wanted in dataclasses.asdict(key).items():
         if (found := stored.get(name)) != wanted:
             what = "another VAE" if name == "vae" else f"other images ({name})"

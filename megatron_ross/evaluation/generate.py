@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
 from megatron_ross.config.json_files import read_json
-from megatron_ross.convert.hf_io import WeightFolder
 from megatron_ross.convert.inference_files import template_end_ids, with_ends
+from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.data.images import decode_image
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
 from megatron_ross.huggingface.chat_templates import chat_template, training_template
@@ -186,7 +186,7 @@ def end_with_template(model: Any, processor: Any) -> None:
 
 def _load_llava(folder: Path, dtype: Any, template: str | None) -> tuple[Any, Any]:
     """Stock LLaVA, complete."""
-    WeightFolder(folder)  # refuses damaged or missing files, by name
+    readable_weights(folder)  # refuses damaged or missing files, by name
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = sorted(info.get("missing_keys") or ())
     if missing:

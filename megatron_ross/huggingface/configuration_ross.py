@@ -1,7 +1,8 @@
 """Configuration of whole Ross models, in the published format: the LLM's fields, flat, and `mm_*` fields beside them.
 
 Published files name tower and auto-encoder but do not describe them. `vision_config`, `vae_config` and
-`mm_inv_projector_width` are additions of ours that make a checkpoint self-contained; `resolve` fills them in.
+`mm_inv_projector_width` are additions of ours that make a checkpoint self-contained; `resolve` fills them in, and the
+tower's layer, filter and crop with them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class RossFields:
     image_mean: list | tuple | None = None
     image_std: list | tuple | None = None
     image_aspect_ratio: str = "square"
+    vision_feature_layer: int | None = None
+    image_resample: str | None = None
+    image_do_center_crop: bool | None = None
     vision_config: dict | None = None
     vae_config: dict | None = None
 
@@ -52,6 +56,8 @@ class RossFields:
             image_std=tuple(self.image_std),
             select_layer=self.mm_vision_select_layer,
             image_aspect_ratio=self.image_aspect_ratio,
+            resample=self.image_resample or VisionConfig.resample,
+            do_center_crop=self.image_do_center_crop,
         )
 
     @property
@@ -76,7 +82,8 @@ class RossFields:
         self.vision_config = dict(model.vision.hf_config)
         self.image_mean = list(model.vision.image_mean)
         self.image_std = list(model.vision.image_std)
-        self.mm_vision_select_layer = model.vision.select_layer
+        self.mm_vision_select_layer = self.vision_feature_layer = model.vision.select_layer
+        self.image_resample, self.image_do_center_crop = model.vision.resample, model.vision.crops
         self.image_aspect_ratio = model.vision.image_aspect_ratio
         self.mm_projector_type = model.projector.type
         if model.denoiser is not None and model.vae is not None:

@@ -8,7 +8,14 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from megatron_ross.config.json_files import read_json
+from megatron_ross.convert.composite_config import is_original_llava
+from megatron_ross.convert.unsupported import check_supported
+
 _WANTED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+_CONFIG_FILES = ["config.json", "adapter_config.json"]
+"""Fetched first: they tell whether the weights can be used at all."""
+
 _DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -20,15 +27,31 @@ def local_folder(name_or_path: str | Path, **options: Any) -> Path:
         options: transformers' download options; others are ignored. No code is downloaded.
 
     Raises:
-        ValueError: neither a folder nor a repository that can be reached.
+        ValueError: neither a folder nor a repository that can be reached, or a checkpoint to be converted first.
     """
     if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+        return _loadable(Path(name_or_path))
     chosen = {key: options[key] for key in _DOWNLOAD_OPTIONS if options.get(key) is not None}
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=_WANTED_FILES, **chosen))
+        _loadable(Path(snapshot_download(str(name_or_path), allow_patterns=_CONFIG_FILES, **chosen)))
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=_WANTED_FILES, **chosen))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"checkpoint {str(name_or_path)!r} is neither a folder nor a reachable hub id: {reason}"
         ) from error
+    return _loadable(folder)
+
+
+def _loadable(folder: Path) -> Path:
+    """The folder, unless it holds what no class here can load. Raises ValueError."""
+    check_supported(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if is_original_llava(config):
+        tower = config.get("mm_vision_tower") or "NAME"
+        raise ValueError(
+            f"{folder} is LLaVA in its original format (model_type {config['model_type']!r}, no text_config), which is "
+            f"not loaded directly; convert it: python tools/convert_hf_to_megatron.py --checkpoint {folder} "
+            f"--vision-tower {tower} --output OUT"
+        )
+    return folder

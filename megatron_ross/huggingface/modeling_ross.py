@@ -20,7 +20,7 @@ from transformers import AutoConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from megatron_ross.config.model import IMAGE_TOKEN_ID, VaeConfig, VisionConfig
 from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
-from megatron_ross.convert.hf_io import WeightFolder
+from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.huggingface.configuration_ross import (
     RossFields,
     RossLlamaConfig,
@@ -106,7 +106,7 @@ class RossForConditionalGeneration:
                 "ross_llama (stock LLaVA checkpoints load with transformers' own class)"
             )
         config.resolve(model_config)
-        WeightFolder(folder)  # refuses damaged or missing files, by name
+        readable_weights(folder)  # refuses damaged or missing files, by name
         want_info = kwargs.pop("output_loading_info", False)
         load = super(RossForConditionalGeneration, _CLASSES[type(config)]).from_pretrained  # type: ignore[misc]
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.model import IMAGE_TOKEN_ID, VisionConfig
+from megatron_ross.config.model_limits import RESAMPLE_FILTERS
 from megatron_ross.convert.checked_fields import Fields
 from megatron_ross.convert.component_config import image_statistics, vision_config
 from megatron_ross.data.images import ImageProcessor, decode_image
@@ -242,4 +243,6 @@ def _stored_vision(folder: Path) -> dict[str, Any] | None:
         select_layer=vision.integer("select_layer", -1024, 1024, -2),
         image_aspect_ratio=vision.choice("image_aspect_ratio", ("pad", "square"), "pad"),
     )
-    return asdict(checked)
+    filters = {"resample": vision.choice("resample", RESAMPLE_FILTERS, checked.resample)}
+    crop = vision.boolean("do_center_crop") if vision.has("do_center_crop") else None
+    return asdict(checked) | filters | {"do_center_crop": crop}

@@ -2,9 +2,11 @@
 
 Up to `chunk_tokens` positions, logits are kept for the backward pass. Beyond, they are made chunk by chunk, reduced to
 one log-sum-exp and one target logit per position, and made again in the backward pass: no more than one chunk of
-logits ever exists.
+logits ever exists. The backward pass takes all positions and as many rows of the vocabulary as make no more logits: the
+weight's gradient is then summed in fp32 within one product per block, and rounded to bf16 once, not once per chunk.
 
-Shape legend: n supervised positions, c positions of a chunk, h hidden size, v this rank's rows of the vocabulary.
+Shape legend: n supervised positions, c positions of a chunk, h hidden size, v this rank's rows of the vocabulary, b of
+them in a block.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ class VocabularyShard:
     group: dist.ProcessGroup
     vocab_size: int
 
-    def logits(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Vocabulary-parallel logits [n, v] of hidden states [n, h]; padded ids are -inf."""
-        logits = F.linear(rows, weight)
-        real = self.vocab_size - self.first_id(weight)
+    def logits(self, rows: Tensor, weight: Tensor, block: slice = slice(0, None)) -> Tensor:
+        """Vocabulary-parallel logits [n, v] of hidden states [n, h], or [n, b] of a block; padded ids are -inf."""
+        logits = F.linear(rows, weight[block])
+        real = self.vocab_size - self.first_id(weight) - block.start
         if real < logits.shape[1]:
             is_padding = torch.arange(logits.shape[1], device=logits.device) >= real
             logits = logits.masked_fill(is_padding, float("-inf"))
@@ -45,10 +47,10 @@ class VocabularyShard:
         """Token id of the first row of this rank's `weight` [v, h]."""
         return self.group.rank() * weight.shape[0]
 
-    def locate(self, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of every label int64 [n] among this rank's logits, 0 for what it lacks, and which it has, bool [n]."""
-        columns = labels - self.first_id(weight)
-        is_mine = (columns >= 0) & (columns < weight.shape[0])
+    def locate(self, labels: Tensor, weight: Tensor, block: slice = slice(0, None)) -> tuple[Tensor, Tensor]:
+        """Column of every label int64 [n] among these logits, 0 for those that are not, and which are, bool [n]."""
+        columns = labels - self.first_id(weight) - block.start
+        is_mine = (columns >= 0) & (columns < weight[block].shape[0])
         return columns * is_mine, is_mine
 
 
@@ -105,20 +107,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         rows, weight, labels, log_normaliser = ctx.saved_tensors
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
-        grad_rows = torch.empty_like(rows) if wants_rows else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        for chunk in _chunks(rows.shape[0], ctx.chunk_tokens):
-            grad_logits = _logits_gradient(rows[chunk], weight, labels[chunk], log_normaliser[chunk], ctx.shard, grad)
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if wants_rows else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        block_size = max(1, weight.shape[0] * ctx.chunk_tokens // rows.shape[0])
+        for block in _chunks(weight.shape[0], block_size):
+            grad_logits = _logits_gradient(rows, weight, block, labels, log_normaliser, ctx.shard, grad)
             if grad_rows is not None:
-                torch.mm(grad_logits, weight, out=grad_rows[chunk])
+                grad_rows += _fp32_product(grad_logits, weight[block])
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.t(), rows[chunk])
-        return grad_rows, grad_weight, None, None, None, None
+                torch.mm(grad_logits.t(), rows, out=grad_weight[block])
+        return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, None, None, None, None
 
 
-def _chunks(n: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, n, chunk_tokens):
-        yield slice(start, min(n, start + chunk_tokens))
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, whatever the dtype of the two: parts of a sum must not be rounded to bf16 one by one."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+    return torch.mm(a.float(), b.float())
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
 
 
 def _reduce_chunk(rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
@@ -141,10 +151,16 @@ def _join_shards(log_normaliser: Tensor, target: Tensor, group: dist.ProcessGrou
 
 
 def _logits_gradient(
-    rows: Tensor, weight: Tensor, labels: Tensor, log_normaliser: Tensor, shard: VocabularyShard, grad: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    block: slice,
+    labels: Tensor,
+    log_normaliser: Tensor,
+    shard: VocabularyShard,
+    grad: Tensor,
 ) -> Tensor:
-    """(softmax - one-hot) x grad for this rank's vocabulary, [c, v] in the dtype of `rows`."""
-    probabilities = (shard.logits(rows, weight).float() - log_normaliser[:, None]).exp_()
-    columns, is_mine = shard.locate(labels, weight)
+    """(softmax - one-hot) x grad for a block of this rank's vocabulary, [n, b] in the dtype of `rows`."""
+    probabilities = (shard.logits(rows, weight, block).float() - log_normaliser[:, None]).exp_()
+    columns, is_mine = shard.locate(labels, weight, block)
     probabilities.scatter_add_(1, columns[:, None], -is_mine.to(probabilities.dtype)[:, None])
     return probabilities.mul_(grad).to(rows.dtype)

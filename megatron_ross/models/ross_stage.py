@@ -161,7 +161,11 @@ class RossStage(MegatronModule):
         return padded_vocab_size(self.model_config.language.vocab_size, self.groups.tp.size())
 
     def _build_output_layer(self) -> None:
-        """The LM head. Tied weights: the embedding's own parameter on its stage, a synchronised copy elsewhere."""
+        """The LM head. Tied weights: the embedding's own parameter on its stage, a synchronised copy elsewhere.
+
+        Another chunk of the same rank has a copy, too: Megatron's data-parallel wrapper holds one chunk, and would
+        reduce a gradient as soon as the first of two chunks is done with it.
+        """
         # The loss multiplies by this weight itself. Megatron's layer would refuse fused accumulation without Apex.
         config = copy.copy(self.config)
         config.gradient_accumulation_fusion = False

@@ -2,7 +2,7 @@
 
 data parallel      Megatron's DDP buffers (sum; losses are already normalised globally)
 tensor parallel    sum for modules that share work (tower, projector, denoiser), and norms under sequence parallelism
-tied embeddings    sum between the stages that hold E and H
+tied embeddings    sum between the copies of E and H, be they on two pipeline ranks or in two chunks of one
 """
 
 from __future__ import annotations
@@ -32,13 +32,28 @@ def finalize_gradients(chunks: list[DistributedDataParallel], groups: ParallelGr
     parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     if groups.tp.size() > 1:
         _sum_over(groups.tp, (p.main_grad for p in parameters if _is_partial(p)))
-    if groups.tied is not None:
-        tied = [p for p in parameters if getattr(p, "shared_embedding", False)]
-        _sum_over(groups.tied, (p.main_grad for p in tied))
+    _sum_tied([p.main_grad for p in parameters if getattr(p, "shared_embedding", False)], groups.tied)
 
 
 def _is_partial(parameter: nn.Parameter) -> bool:
     return getattr(parameter, _SHARED_WORK, False) or getattr(parameter, "sequence_parallel", False)
+
+
+def _sum_tied(copies: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Give every copy of a tied weight's gradient the sum over all of them, on this rank and on the others of `group`.
+
+    Data-parallel ranks hold the reduced gradient of their own slice only. The slices of all copies are alike, because
+    Megatron gives a weight that is marked `shared_embedding` a bucket of its own.
+    """
+    if not copies:
+        return
+    first, *others = copies
+    for other in others:
+        first.add_(other)
+    if group is not None:
+        _sum_over(group, [first])
+    for other in others:
+        other.copy_(first)
 
 
 def _sum_over(group: dist.ProcessGroup, gradients: Iterable[Tensor]) -> None:

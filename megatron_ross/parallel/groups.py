@@ -16,7 +16,9 @@ from megatron_ross.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's groups. `tied` joins the ranks that hold copies of tied word embeddings (None: not on this rank)."""
+    """This rank's groups. `tied` joins the two ranks that hold copies of tied word embeddings; None where this rank
+    holds no copy, or all of them.
+    """
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup

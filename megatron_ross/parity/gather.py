@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,13 @@ def gather_parameters(stages: list[RossStage], model: RossModelConfig, *, traina
 def gather_gradients(
     stages: list[RossStage], model: RossModelConfig, optimizer: MegatronOptimizer, groups: ParallelGroups
 ) -> dict[str, Tensor]:
-    """Whole finalised gradients by Hugging Face name on rank 0, {} elsewhere. A collective call.
+    """Whole finalised gradients by Hugging Face name on rank 0, {} elsewhere. A collective call."""
+    gradients = own_gradients(stages, optimizer, groups)
+    return gather_values(stages, model, lambda p: gradients.get(id(p)))
+
+
+def own_gradients(stages: list[RossStage], optimizer: MegatronOptimizer, groups: ParallelGroups) -> dict[int, Tensor]:
+    """Finalised gradients of this rank's trainable parameters, by `id`. A collective call.
 
     After finalisation each data-parallel rank holds the reduced gradient of its own slice of every buffer only.
     """
@@ -45,25 +51,39 @@ def gather_gradients(
                 flat[piece.start : piece.end] = parameter.main_grad.flatten()[piece.start : piece.end]
             dist.all_reduce(flat, group=groups.dp)
             gradients[id(parameter)] = flat.view(parameter.shape)
-    return gather_values(stages, model, lambda p: gradients.get(id(p)))
+    return gradients
 
 
 def gather_values(stages: list[RossStage], model: RossModelConfig, value: Value) -> dict[str, Tensor]:
     """Whole tensors by Hugging Face name of what `value` gives for each parameter, None leaving it out; on rank 0, {}
     elsewhere. A collective call.
     """
-    pieces = [piece for stage in stages for piece in _pieces(stage, value)]
+    pieces = [piece for stage in stages for piece in pieces_of(stage, value)]
     everything: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(pieces, everything if dist.get_rank() == 0 else None)
     whole: dict[str, Tensor] = {}
-    for key, shape, offset, data in (piece for part in everything for piece in part):
-        target = whole.setdefault(key, torch.zeros(shape))
-        target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
+    for piece in (piece for part in everything for piece in part):
+        whole.setdefault(piece.key, torch.zeros(piece.shape))[piece.place] = piece.data
     return _hugging_face_names(whole, model)
 
 
-def _pieces(stage: RossStage, value: Value) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
-    """(key, whole shape, offset, data) of the tensors for which `value` gives one; main replicas only."""
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of a tensor: checkpoint key, shape of the whole, offset there, data."""
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where in the whole tensor the data belong."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.data.shape, strict=True))
+
+
+def pieces_of(stage: RossStage, value: Value, *, replicas: bool = False) -> list[Piece]:
+    """Of the tensors for which `value` gives one, float32 on the CPU; main replicas only, unless asked for all."""
     pieces = []
     for entry in nested_values(model_sharded_state(stage)):
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -75,8 +95,9 @@ def _pieces(stage: RossStage, value: Value) -> list[tuple[str, tuple[int, ...], 
         entry = replace(entry, data=data, **dtype)
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         for tensor in nested_values({"value": built}):
-            if not any(_as_tuple(tensor.replica_id)):
-                pieces.append((tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.float().cpu()))
+            if replicas or not any(_as_tuple(tensor.replica_id)):
+                data = tensor.data.float().cpu()
+                pieces.append(Piece(tensor.key, tensor.global_shape, tensor.global_offset, data))
     return pieces
 
 

@@ -16,6 +16,7 @@ from megatron_ross.config.cli import ConfigError, parse_run_config
 from megatron_ross.config.features import attention_environment, check_fp8_sizes, resolve_features, sequence_multiple
 from megatron_ross.config.layout import parse_layout
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.validate import resolve_layout
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from tests.helpers.golden import model_config
 from tests.helpers.sources import ROOT
@@ -347,3 +348,35 @@ def test_settings_come_from_yaml(tmp_path: Path) -> None:
     assert (run.optimizer.optimizer_impl, run.parallel.tp_comm_overlap) == ("apex", True)
     with pytest.raises(ConfigError, match="fp8"):
         parse_run_config(["--fp8", "e5m2"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "pp", "size", "works"),
+    [
+        ("VEt*4NDH", 1, 3, "1, 2, 4"),
+        ("VEt*4NDH", 1, 5, "1, 2, 4"),
+        ("VEt|t*3NDH", 2, 3, "1"),
+        ("VE|t*2|t*2NH|D", 2, 4, "1, 2"),
+    ],
+)
+def test_groups_that_do_not_divide_a_stage_are_refused(layout: str, pp: int, size: int, works: str) -> None:
+    """Megatron would ask for a layer beyond the last: IndexError in the first step."""
+    with pytest.raises(ConfigError) as refused:
+        resolve_layout(recomputing(layout, pp, "uniform", size), model_config("qwen2_siglip"), pp)
+    message = str(refused.value)
+    assert message.startswith(f"recompute_num_layers={size}: recompute_method=uniform")
+    assert message.endswith(f"; use {works}, or recompute_method: block")
+    assert "\n" not in message
+    for allowed in map(int, works.split(", ")):
+        resolve_layout(recomputing(layout, pp, "uniform", allowed), model_config("qwen2_siglip"), pp)
+
+
+def test_blocks_of_layers_need_not_divide_a_stage() -> None:
+    resolve_layout(recomputing("VEt|t*3NDH", 2, "block", 2), model_config("qwen2_siglip"), 2)
+
+
+def recomputing(layout: str, pp: int, method: str, size: int) -> RunConfig:
+    recompute = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": size}
+    return RunConfig.from_flat(
+        {"layout": layout, "pipeline_model_parallel_size": pp, "global_batch_size": 8, **recompute}
+    )

@@ -71,7 +71,17 @@ def _set(name: str, value: Callable[[Tensor], Tensor]) -> Edit:
     return _edit_tensors(lambda tensors: tensors.update({name: value(tensors[name])}))
 
 
-Q = "model.layers.1.self_attn.q_proj.weight"
+def _only(name: str) -> Edit:
+    """The weights replaced by a file of that name."""
+
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(b"x")
+
+    return edit
+
+
+Q, EMBEDDING, HEAD = "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 LANGUAGE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "truncated shard": (_truncate, r"llm/model\.safetensors is damaged or truncated"),
     "missing shard": (
@@ -104,6 +114,63 @@ LANGUAGE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "sliding window": (_edit_config(use_sliding_window=True), r"use_sliding_window is True, it must be one of False"),
     "activation": (_edit_config(hidden_act="relu"), r"hidden_act is 'relu', it must be one of 'silu'"),
     "rope": (_edit_config(rope_scaling={"type": "yarn", "factor": 4.0}), r"rope_type is 'yarn'"),
+    "rope without factor": (_edit_config(rope_scaling={"type": "linear"}), r"rope_scaling\.factor is None"),
+    "another llama3 scaling": (
+        _edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}),
+        r"rope_scaling\.high_freq_factor is 2\.0, it must be 4: other values are not implemented",
+    ),
+    "another original length": (
+        _edit_config(rope_parameters={"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4096}),
+        r"rope_parameters\.original_max_position_embeddings is 4096, it must be 8192",
+    ),
+    "rope of part of a head": (
+        _edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        r"partial_rotary_factor is 0\.5, it must be 1",
+    ),
+    "rope per kind of layer": (
+        _edit_config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        r"rope_parameters\.'full_attention' is .*: default scaling with it is not implemented",
+    ),
+    "mrope": (
+        _edit_config(rope_scaling={"type": "default", "mrope_section": [1, 2, 3]}),
+        r"'mrope_section' is \[1, 2, 3\]",
+    ),
+    "LoRA adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2-7B"}'),
+        r"llm is a LoRA adapter of 'Qwen/Qwen2-7B' .*merge_and_unload",
+    ),
+    "LoRA beside the weights": (
+        _edit_tensors(lambda tensors: tensors.update({Q.replace("weight", "lora_A.weight"): torch.ones(8, 64)})),
+        r"lora_A\.weight, \.\.\.\) are a LoRA adapter's: merge it",
+    ),
+    "unmerged PEFT model": (
+        _edit_tensors(lambda tensors: tensors.update({f"base_model.model.{n}": tensors.pop(n) for n in list(tensors)})),
+        r"base_model\.model\..*unmerged PEFT model: merge it",
+    ),
+    "data parallel": (
+        _edit_tensors(lambda tensors: tensors.update({f"module.{n}": tensors.pop(n) for n in list(tensors)})),
+        r"module\..*DistributedDataParallel or DeepSpeed: save the state dict of the module inside",
+    ),
+    "quantised": (
+        _edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"config\.json has quantization_config \(method 'gptq'\): quantised weights are not read",
+    ),
+    "quantised tensors": (
+        _edit_tensors(lambda tensors: tensors.update({Q.replace(".weight", ".qweight"): tensors.pop(Q)})),
+        r"qweight, \.\.\.\) are those of a quantised model",
+    ),
+    "GGUF": (_only("model-Q4_K_M.gguf"), r"llm holds GGUF files: quantised weights are not read"),
+    "ZeRO shards": (_only("zero_to_fp32.py"), r"DeepSpeed ZeRO shards: run `python zero_to_fp32\.py"),
+    "added tokens": (
+        _edit_tensors(
+            lambda tensors: tensors.update({n: torch.cat([tensors[n], tensors[n][:3]]) for n in (EMBEDDING, HEAD)})
+        ),
+        r"embed_tokens\.weight has 579 rows and lm_head\.weight has 579 rows, .* is 576: .*; set vocab_size to 579",
+    ),
+    "head of another merge": (
+        _edit_tensors(lambda tensors: tensors.update({HEAD: tensors[HEAD][:570].clone()})),
+        r"has 576 rows and lm_head\.weight has 570 rows.*merged with another vocabulary; save both from one model",
+    ),
     "small vocabulary": (_edit_config(vocab_size=500), r"largest id is 575, but vocab_size is 500"),
     "no tokenizer": (_without_tokenizer, r"has no tokenizer"),
 }
@@ -141,7 +208,7 @@ def _matches(pattern: str, text: str) -> bool:
 TOWER_MISTAKES: dict[str, tuple[Edit, str]] = {
     "another resolution": (
         _edit_config(image_size=70),
-        r"position_embedding\.weight is \[16, 48\].*expected \[25, 48\]",
+        r"preprocessor_config\.json: size is .*56.*, but the tower takes 70 x 70",
     ),
     "another width": (_edit_config(hidden_size=64), r"wrong shape: .*expected \[64, 3, 14, 14\]"),
     "NaFlex": (_edit_config(model_type="siglip2_vision_model"), r"model_type is 'siglip2_vision_model'"),
@@ -192,7 +259,7 @@ def _projector_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 COMPOSITE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "tower outside": (_edit_config(mm_vision_tower="../vision_siglip"), r"tower '\.\./vision_siglip' is unknown"),
-    "tower elsewhere": (_edit_config(mm_vision_tower="/etc"), r"tower '/etc' is unknown: give .*--vision-tower"),
+    "tower elsewhere": (_edit_config(mm_vision_tower="/etc"), r"tower '/etc' is unknown, .*: give .*--vision-tower"),
     "widths do not meet": (_edit_config(mm_hidden_size=1152), r"mm_hidden_size is 1152, but the parts make it 48"),
     "target size": (_edit_config(decode_image_size=432), r"decode_image_size is 432, but the parts make it 64"),
     "anyres": (_edit_config(image_aspect_ratio="anyres"), r"image_aspect_ratio is 'anyres'"),

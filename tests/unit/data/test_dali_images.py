@@ -181,3 +181,11 @@ def test_mixed_decoding_on_a_gpu(golden):
         difference = (result.cpu() - span.load_pixels()).abs() * 0.5 * 255
         assert difference.max() <= 8
         assert difference.mean() <= 0.6
+
+
+def test_other_filters_go_to_pillow() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(buffer, "PNG")
+    processor = _processor("siglip", 28, "pad")
+    assert plan_geometry(buffer.getvalue(), processor) is not None
+    assert plan_geometry(buffer.getvalue(), dataclasses.replace(processor, resample="bilinear")) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ CHANGES: dict[str, Any] = {
     "image_mean": (0.4, 0.5, 0.5),
     "image_std": (0.4, 0.5, 0.5),
     "moments_shape": (2, 4, 6, 6),
+    "resample": "bilinear",
 }
 
 
@@ -39,6 +41,16 @@ def test_a_difference_is_refused_and_named(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="another VAE" if name == "vae" else rf"other images \({name}\)") as caught:
             refuse(tmp_path / "cache", other)
         assert "\n" not in str(caught.value)
+
+
+def test_a_cache_from_before_filters_were_named_is_bicubic(tmp_path: Path) -> None:
+    create_cache(tmp_path, KEY)
+    stored = json.loads((tmp_path / "cache.json").read_text())
+    del stored["resample"]
+    (tmp_path / "cache.json").write_text(json.dumps(stored))
+    check_cache(tmp_path, KEY)
+    with pytest.raises(ValueError, match=r"other images \(resample\): bicubic, this model has bilinear"):
+        check_cache(tmp_path, dataclasses.replace(KEY, resample="bilinear"))
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 99}'])

@@ -122,6 +122,18 @@ def test_tied_embeddings_and_llava_are_exact(pp: int) -> None:
     run_ranks(allocated, 2, dataclasses.replace(model, denoiser=None, vae=None), run_of(pp=pp))
 
 
+@pytest.mark.distributed
+def test_tied_embeddings_in_two_chunks_of_one_rank_are_exact() -> None:
+    """Both copies count: each has its gradient and its optimizer state."""
+    model = tied(model_config("qwen2_siglip"))
+    layouts = {"VEt|t*2|tNH|D": 0, "V|Et*2|t*2|NDH": 1}
+    for layout, rank in layouts.items():
+        twice = run_ranks(allocated, 2, model, run_of(pp=2, layout=layout, bf16=True))[rank]
+        plain = run_ranks(allocated, 2, model, run_of(pp=2, layout="VEt*2|t*2NDH", bf16=True))
+        assert sum(twice) > 0
+        assert twice != plain[rank]
+
+
 def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
     model = model_config("qwen2_siglip")
     stage_1, stage_2 = run_of(train=STAGE_1), run_of()
