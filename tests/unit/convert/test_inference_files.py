@@ -323,9 +323,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 folder, options = sys.argv[1], {options}
 for auto in ({first}):
     assert type(auto.from_pretrained(folder, **options)).__module__.startswith("megatron_ross.huggingface."), auto
+content = [{{"type": "image", "url": sys.argv[2]}}, {{"type": "text", "text": "What?"}}]
 answer = pipeline("image-text-to-text", model=folder, device="cpu", **options)(
-    text=[{{"role": "user", "content": [{{"type": "image", "url": sys.argv[2]}}, {{"type": "text", "text": "What?"}}]}}],
-    max_new_tokens=4, do_sample=False, return_full_text=False)
+    text=[{{"role": "user", "content": content}}], max_new_tokens=4, do_sample=False, return_full_text=False)
 print(answer[0]["generated_text"].encode())
 """
 
