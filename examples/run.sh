@@ -5,7 +5,7 @@
 #   examples/run.sh ross/finetune_siglip_qwen2 8xh100 --config examples/shared/stage2_packed.yaml --lr 1e-5
 #   NNODES=8 NODE_RANK=0 MASTER_ADDR=10.0.0.1 examples/run.sh ross/finetune_siglip_qwen2 64xh100
 #
-# RECIPE is a file of examples/ross or examples/llava, CLUSTER one of examples/layouts. What follows goes to
+# RECIPE is a file of examples/ross, examples/llava or examples/images, CLUSTER one of examples/layouts. What follows goes to
 # pretrain_ross.py and overrides both. With NNODES set, examples/cluster/torchrun.sh starts the run (its variables hold).
 set -eu
 
@@ -18,16 +18,17 @@ fail() {
 recipe=examples/$1.yaml
 cluster=$2
 case $1 in
-*/pretrain_*) stage=stage1 ;;
-*/finetune_*) stage=stage2 ;;
-*) fail "recipe $1: name a file of examples/ross or examples/llava, e.g. ross/finetune_siglip_qwen2" ;;
+*/pretrain_*) stage=stage1 shared=stage1 ;;
+*/finetune_*) stage=stage2 shared=stage2 ;;
+images/tune_*) stage=stage1 shared=images ;; # nothing of the frozen language model is kept, as in stage 1
+*) fail "recipe $1: name a file of examples/ross or examples/llava, or of examples/images, e.g. ross/finetune_siglip_qwen2" ;;
 esac
 layout=examples/layouts/$cluster-$stage.yaml
 [ -f "$recipe" ] || fail "no recipe $recipe (run this from the repository's root)"
 [ -f "$layout" ] || fail "no layout $layout; examples/layouts has 8xa100-80g, 8xh100 and 64xh100"
 shift 2
 
-set -- --config "examples/shared/$stage.yaml" --config "$recipe" --config "$layout" "$@"
+set -- --config "examples/shared/$shared.yaml" --config "$recipe" --config "$layout" "$@"
 if [ -n "${NNODES:-}" ]; then
     exec examples/cluster/torchrun.sh "$@"
 fi

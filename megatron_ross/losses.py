@@ -35,15 +35,17 @@ class BatchCounts:
     image_slots: int = 0  # with the dummy images of text-only samples (reference mode)
 
 
-def token_mean_scales(total: BatchCounts, recon_loss_weight: float) -> LossScales:
+def token_mean_scales(total: BatchCounts, recon_loss_weight: float, lm_loss_weight: float = 1.0) -> LossScales:
     """Default: one global mean over supervised tokens, one over reconstructed images. Empty sets weigh nothing."""
     return LossScales(
-        lm=1.0 / total.supervised_tokens if total.supervised_tokens else 0.0,
+        lm=lm_loss_weight / total.supervised_tokens if total.supervised_tokens else 0.0,
         recon=recon_loss_weight / total.images if total.images else 0.0,
     )
 
 
-def reference_scales(micro: BatchCounts, num_microbatches: int, num_draws: int, recon_loss_weight: float) -> LossScales:
+def reference_scales(
+    micro: BatchCounts, num_microbatches: int, num_draws: int, recon_loss_weight: float, lm_loss_weight: float = 1.0
+) -> LossScales:
     """As published: the mean over `num_microbatches` (of all data-parallel ranks) of each microbatch's own means.
 
     The reconstruction mean runs over all image slots, dummies included, times n / (n + 1e-6) with n the number of
@@ -52,7 +54,7 @@ def reference_scales(micro: BatchCounts, num_microbatches: int, num_draws: int, 
     rows = num_draws * micro.images
     recon = rows / (rows + _REFERENCE_EPSILON) / micro.image_slots if micro.image_slots else 0.0
     lm = 1.0 / micro.supervised_tokens if micro.supervised_tokens else 0.0
-    return LossScales(lm=lm / num_microbatches, recon=recon * recon_loss_weight / num_microbatches)
+    return LossScales(lm=lm * lm_loss_weight / num_microbatches, recon=recon * recon_loss_weight / num_microbatches)
 
 
 def lm_loss_sum(logits: Tensor, labels: Tensor, observe: Observe | None = None) -> Tensor:

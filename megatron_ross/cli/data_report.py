@@ -15,7 +15,9 @@ from megatron_ross.checkpoint.manifest import ASSETS_NAME
 from megatron_ross.cli.models import model_of
 from megatron_ross.config.blend import data_sources
 from megatron_ross.config.cli import ConfigError
+from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.validate import check_anything_is_trained
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.rgb import CONVERSIONS, KINDS
 from megatron_ross.data.shard_writer import write_shards
@@ -27,7 +29,15 @@ from megatron_ross.data.survey import (
     text_histogram,
     training_plan,
 )
-from megatron_ross.training.data import TrainingSet, build_dataset, build_order, source_names
+from megatron_ross.training.data import (
+    TrainingSet,
+    build_dataset,
+    build_order,
+    build_valid_dataset,
+    build_valid_order,
+    source_names,
+)
+from megatron_ross.training.rehearsal import rehearse, rehearse_validation
 from megatron_ross.training.schedule import num_iterations
 from megatron_ross.training.start import start_of, with_image_conversion
 
@@ -58,17 +68,23 @@ class Source:
     first: int
 
 
-def open_data(options: Namespace, run: RunConfig) -> TrainingSet:
-    """The data set as training builds it. Raises ValueError."""
+def open_data(options: Namespace, run: RunConfig) -> tuple[TrainingSet, RossDataset | None]:
+    """The training set as training builds it, and the one that `valid_data_path` names. Raises ValueError."""
+    run, model, assets = _model_and_assets(options, run)
+    check_anything_is_trained(run, model)
+    valid = build_valid_dataset(run, model.vision, assets) if run.observation.eval_interval is not None else None
+    return build_dataset(run, model.vision, assets), valid
+
+
+def _model_and_assets(options: Namespace, run: RunConfig) -> tuple[RunConfig, RossModelConfig, Path]:
+    """The run with its `image_conversion`, the architecture, and the folder of the tokenizer."""
     if options.model and options.tokenizer:
-        run = with_image_conversion(run, None)
-        return build_dataset(run, model_of(run, options.model).vision, Path(options.tokenizer))
+        return with_image_conversion(run, None), model_of(run, options.model), Path(options.tokenizer)
     if not run.training.init_from and not run.training.load:
         raise ConfigError("init_from='': name a checkpoint to start from, or give both --model and --tokenizer")
     start = start_of(run)
     model = model_of(run, options.model) if options.model else start.manifest.model
-    run = with_image_conversion(run, start)
-    return build_dataset(run, model.vision, Path(options.tokenizer or start.directory / ASSETS_NAME))
+    return with_image_conversion(run, start), model, Path(options.tokenizer or start.directory / ASSETS_NAME)
 
 
 def survey_sources(options: Namespace, run: RunConfig, data: TrainingSet) -> list[Source]:
@@ -77,16 +93,21 @@ def survey_sources(options: Namespace, run: RunConfig, data: TrainingSet) -> lis
     names = source_names(run.data) or [run.data.data_path]
     sources: list[Source] = []
     for i, (name, dataset) in enumerate(zip(names, parts, strict=True)):
-        print(f"source {name}: {len(dataset):,} samples", flush=True)
-        survey = survey_dataset(
-            dataset,
-            decode=not options.skip_images,
-            num_workers=run.data.num_workers,
-            progress_file=options.out / f"progress_{i}.jsonl",
-        )
+        survey = survey_source(options, run, name, dataset, f"progress_{i}.jsonl")
         first = sources[-1].first + len(sources[-1].dataset) if sources else 0
         sources.append(Source(name, dataset, survey, first))
     return sources
+
+
+def survey_source(options: Namespace, run: RunConfig, name: str, dataset: RossDataset, file: str) -> Survey:
+    """Check one source; `file` of the output folder keeps the progress."""
+    print(f"source {name}: {len(dataset):,} samples", flush=True)
+    return survey_dataset(
+        dataset,
+        decode=not options.skip_images,
+        num_workers=run.data.num_workers,
+        progress_file=options.out / file,
+    )
 
 
 def make_report(run: RunConfig, data: TrainingSet, sources: Sequence[Source]) -> tuple[Survey, dict[str, Any]]:
@@ -101,9 +122,11 @@ def make_report(run: RunConfig, data: TrainingSet, sources: Sequence[Source]) ->
         plans["packed" if packing else "padded"] = training_plan(whole, order, run.data.global_batch_size)
         if packing == run.data.packing:
             per_epoch, train_steps = findings_per_epoch(whole, order), num_iterations(run, order)
+            stop = rehearse(run, whole, order, train_steps)
     report = {
         "packing": run.data.packing,
         "train_steps": train_steps,
+        "stops": [stop] if stop else [],
         "epoch": plans,
         "per_epoch": per_epoch,
         "samples": whole.counts,
@@ -134,6 +157,18 @@ def print_report(whole: Survey, report: dict[str, Any], sources: Sequence[Source
                 print(f"      {example}")
     for kind, count in report["per_epoch"].items():
         print(f"in one epoch, {kind}: {count:,} of {plans['packed']['samples']:,} samples")
+    for stop in report["stops"]:
+        print(stop)
+
+
+def validation_stop(
+    options: Namespace, run: RunConfig, data: TrainingSet, whole: Survey, valid: RossDataset | None
+) -> str:
+    """Why validation would end the run; empty if it would not, or if there is none. `whole` is the survey of `data`."""
+    if run.observation.eval_interval is None:
+        return ""
+    survey = whole if valid is None else survey_source(options, run, "validation", valid, "progress_valid.jsonl")
+    return rehearse_validation(run, survey, build_valid_order(run, data if valid is None else valid))
 
 
 def draw(survey: Survey, path: Path) -> None:
@@ -163,14 +198,15 @@ def shard_sources(run: RunConfig, sources: Sequence[Source], folder: Path, sampl
 
 
 def prepare(options: Namespace, run: RunConfig) -> int:
-    """Survey, report, and shards where they are asked for; 1 if samples have to be skipped. Raises ValueError."""
-    data = open_data(options, run)
+    """Survey, report, and shards where they are asked for; 1 if training would stop. Raises ValueError."""
+    data, valid = open_data(options, run)
     options.out.mkdir(parents=True, exist_ok=True)
     sources = survey_sources(options, run, data)
     whole, report = make_report(run, data, sources)
+    report["stops"] += filter(None, [validation_stop(options, run, data, whole, valid)])
     print_report(whole, report, sources)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(whole, options.out / "histograms.png")
     if options.write_shards is not None:
         shard_sources(run, sources, options.write_shards, options.samples_per_shard)
-    return 1 if whole.skipped else 0
+    return 1 if report["stops"] else 0

@@ -170,14 +170,14 @@ def _look_at_data(run: RunConfig, start: Start, limit: int) -> DataFindings:
 
 def _what_stops(run: RunConfig, survey: Survey) -> list[str]:
     """Shares of broken and masked samples above what the run allows, and data that supervises nothing."""
-    from megatron_ross.data.quarantine import BadSamplePolicy
+    from megatron_ross.data.quarantine import samples_for_a_share
 
     checked, problems = len(survey.num_tokens), []
-    total = max(checked, BadSamplePolicy.min_samples)
+    total = max(checked, samples_for_a_share(checked))
     counts = {"max_bad_sample_share": len(survey.skipped), "max_mismatch_share": survey.counts.get("mismatch", 0)}
     for setting, count in counts.items():
         share = getattr(run.data, setting)
-        if count > share * total or count == checked:
+        if count > share * total:
             problems.append(
                 f"{setting}={share}: {count:,} of {checked:,} samples are broken or masked; megatron-ross prepare-data "
                 "lists them (examples above)"

@@ -6,7 +6,9 @@ All settings of `megatron-ross train` are understood: they name the data (`data_
 batch size and packing. Tokenizer and image size are those of the checkpoint to start from, or, before there is one, of
 `--model` and `--tokenizer`. Prints, for all sources together and for each, exact counts of what training will drop and
 why, histograms, and the steps of the run; writes `report.json` and `histograms.png` to `--out`. Run it again to go on
-where it was stopped. Exits 1 if samples have to be skipped.
+where it was stopped. Exits 1 where training would stop because of its data, and says why and at which iteration:
+settings, tokenizer and records that do not fit, more broken samples than `max_bad_sample_share` and
+`max_mismatch_share` allow, or steps that train nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from megatron_ross.cli.command import at_least_one, run_command
 from megatron_ross.cli.models import MODEL_OPTION_HELP
 from megatron_ross.config.cli import parse_command
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.config.validate import check_settings
 from megatron_ross.training.start import start_of
 
 
@@ -37,7 +40,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 if samples have to be skipped, or after one line that says what is wrong."""
+    """0; 1 if training would stop because of its data, or after one line that says what is wrong."""
     argv = sys.argv[1:] if arguments is None else arguments
     return run_command(lambda: prepare_data(*parse_command(__doc__.splitlines()[0], add_options, argv)))
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare_data(options: Namespace, run: RunConfig) -> int:
     """Check the options, then the data. Raises ValueError, OSError."""
     at_least_one(options, "samples_per_shard")
+    check_settings(run)
     if not (options.model and options.tokenizer) and (run.training.init_from or run.training.load):
         start_of(run)  # refused before the libraries below are imported
     from megatron_ross.platform import quieten

@@ -16,6 +16,9 @@ IMAGE_TOKEN_ID = -200
 IGNORE_LABEL = -100
 """Label of a position without supervision."""
 
+MAX_IMAGES_PER_SAMPLE = 256
+"""The noise of an image is keyed by its number in the sample; those of more images would repeat another epoch's."""
+
 
 @dataclass(frozen=True)
 class LanguageModelConfig:

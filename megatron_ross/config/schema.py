@@ -113,6 +113,8 @@ class LossConfig:
     loss_mode: Literal["token_mean", "reference"] = "token_mean"
     """`token_mean`: sums over the global batch divided by its supervised tokens and real images; `reference`: the mean
     of microbatch means, with text-only samples diluting the reconstruction loss, as published."""
+    lm_loss_weight: float = 1.0
+    """0 trains on images alone: the LM head does not run, answers are not supervised, and records need none."""
     recon_loss_weight: float = 1.0
     """0 trains without reconstruction: neither denoiser nor VAE runs."""
     recon_objective: Literal["denoise", "regress"] = "denoise"
@@ -122,6 +124,11 @@ class LossConfig:
     """K: independent (timestep, noise) draws per image; `regress` draws nothing."""
     seed: int = 42
     """Of the order of samples and of all noise."""
+
+    @property
+    def supervises_text(self) -> bool:
+        """The language loss counts; otherwise no token has a label."""
+        return self.lm_loss_weight > 0
 
     @property
     def denoiser_passes(self) -> int:
@@ -168,6 +175,9 @@ class OptimizerSettings:
     """Clip gradients to this global norm; 0 does not clip, as the published recipes."""
     skip_nonfinite_steps: int = 0
     """How many steps with NaN or Inf gradients may be skipped before the run stops."""
+    max_empty_steps: int = 20
+    """So many steps in a row that train nothing stop the run, or an epoch of them, or a run, if that is shorter: steps
+    without a supervised token (with lm_loss_weight 0: without an image), or with a gradient norm of exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +230,8 @@ class DataConfig:
     num_workers: int = 4
     """Threads per rank that decode images."""
     max_bad_sample_share: float = 0.01
-    """Broken samples are skipped and written to a quarantine file; above this share the run stops."""
+    """Broken samples are skipped and written to a quarantine file; above this share of the samples consumed so far (of
+    1,000 or the whole set, until so many are consumed) the run stops."""
     max_mismatch_share: float = 0.01
     """The same for samples masked because their tokens do not add up (`tokenization mismatch`)."""
     num_prefetch_steps: int = 2

@@ -22,8 +22,7 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    check_limits(run)
-    _check_shares(run)
+    check_settings(run)
     _check_world(run, world_size)
     _check_paths(run)
     _check_packing(run)
@@ -31,6 +30,17 @@ def validate_run(run: RunConfig, world_size: int) -> None:
     _check_time_limits(run)
     _check_observation(run)
     _check_wandb(run)
+
+
+def check_settings(run: RunConfig) -> None:
+    """Rules of settings that also matter where nothing is trained, in checks of the data.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    check_limits(run)
+    _check_shares(run)
+    _check_losses(run)
 
 
 def _check_shares(run: RunConfig) -> None:
@@ -113,6 +123,12 @@ def _check_schedule(run: RunConfig) -> None:
         raise ConfigError(f"min_lr={optimizer.min_lr}: must not exceed lr={optimizer.lr}")
 
 
+def _check_losses(run: RunConfig) -> None:
+    loss = run.loss
+    if loss.lm_loss_weight == loss.recon_loss_weight == 0:
+        raise ConfigError("lm_loss_weight=0, recon_loss_weight=0: nothing would be trained; give one of them a weight")
+
+
 def _check_time_limits(run: RunConfig) -> None:
     """From the shortest: the last save, a step that stands still, a collective."""
     grace, collective = run.training.preemption_grace_seconds, run.parallel.distributed_timeout_minutes
@@ -187,6 +203,7 @@ def resolve_layout(
         ConfigError: the layout, the sizes and the model do not fit together.
     """
     _check_objective(run, model)
+    check_anything_is_trained(run, model)
     parallel, language = run.parallel, model.language
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, value in {
@@ -230,6 +247,30 @@ def _check_objective(run: RunConfig, model: RossModelConfig) -> None:
         raise ConfigError(
             f"recon_objective={asked}: the checkpoint's denoiser was trained with regress; set recon_objective to "
             "regress, or start from a checkpoint before that training"
+        )
+
+
+def check_anything_is_trained(run: RunConfig, model: RossModelConfig) -> None:
+    """Some part is trained, and some loss reaches it.
+
+    Raises:
+        ConfigError: nothing would be trained.
+    """
+    loss, train = run.loss, run.trainability
+    reconstructs = model.denoiser is not None and loss.recon_loss_weight > 0
+    if not loss.supervises_text and not reconstructs:
+        raise ConfigError(
+            f"lm_loss_weight={loss.lm_loss_weight}: the model has no denoiser (it is LLaVA), so nothing would be "
+            "trained; give the language loss a weight, or start from a model with one"
+        )
+    trains_denoiser = reconstructs and not train.freeze_mm_inv_projector
+    trains_projector = not train.freeze_mm_mlp_adapter and model.projector.type != "identity"
+    trains_others = not train.freeze_language_model or train.unfreeze_mm_vision_tower
+    if not (trains_denoiser or trains_projector or trains_others):
+        raise ConfigError(
+            f"freeze_language_model={train.freeze_language_model}, freeze_mm_mlp_adapter={train.freeze_mm_mlp_adapter}"
+            f", freeze_mm_inv_projector={train.freeze_mm_inv_projector}: no part is left that a loss would train; "
+            "leave one of them out"
         )
 
 

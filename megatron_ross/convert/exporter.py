@@ -28,6 +28,7 @@ from megatron_ross.convert.sources import (
     copy_assets,
     write_json,
 )
+from megatron_ross.convert.trained_template import check_trained_template
 
 MAX_SHARD_BYTES = 5_000_000_000
 _ASSET_FILES = TOKENIZER_FILES + CHAT_TEMPLATE_FILES + GENERATION_FILES + PROCESSOR_FILES
@@ -142,6 +143,7 @@ def export_ross(
     from megatron_ross.convert.inference_files import complete_ross_folder  # imports transformers, which takes seconds
 
     check_complete(reader)
+    check_trained_template(reader)
     export = TensorExport(reader, ross_mappings(reader.manifest.model), dtype)
     config = published_config(reader.manifest, reader.assets, language_dtype(reader, dtype))
     with atomic_directory(output, sum(tensor.nbytes for tensor in export.tensors())) as directory:

@@ -42,6 +42,7 @@ from megatron_ross.convert.llava_tokenizer import (
 )
 from megatron_ross.convert.model_card import model_card
 from megatron_ross.convert.sources import write_json
+from megatron_ross.convert.trained_template import check_trained_template
 from megatron_ross.data.tokenizer import TextTokenizer
 
 _VOCABULARY_NAMES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
@@ -68,6 +69,7 @@ def export_llava(
         OSError: writing failed.
     """
     check_complete(reader)
+    check_trained_template(reader)
     manifest = reader.manifest
     export = TensorExport(reader, llava_mappings(manifest.model), dtype)
     tokenizer = load_source_tokenizer(reader)

@@ -22,6 +22,12 @@ from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER, TextTokenizer
 END_TOKENS = {"v1": "</s>", "qwen_2": "<|im_end|>", "llama3": "<|eot_id|>"}
 """What ends an answer, by template; a caption of `plain` ends with its line."""
 
+SPECIAL_TOKENS = {
+    **{name: (token,) for name, token in END_TOKENS.items()},
+    "llama3": ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+}
+"""What the tokenizer must have as single tokens, by template."""
+
 _SYSTEM = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
@@ -55,6 +61,7 @@ def encode_conversation(
     num_images: int,
     max_length: int,
     reference: bool = False,
+    supervise: bool = True,
 ) -> EncodedConversation:
     """Token ids and labels of one conversation.
 
@@ -64,6 +71,7 @@ def encode_conversation(
         num_images: images of the record; 0 leaves `<image>` ordinary text (except in `plain`, as published).
         max_length: text-only samples are cut here; longer samples are not checked for mismatches (as published).
         reference: exactly the published ids and labels.
+        supervise: False gives the same ids without a label, and needs no answer.
 
     Raises:
         ConversationError: roles out of turn, or a conversation the template cannot hold.
@@ -74,7 +82,12 @@ def encode_conversation(
     system, turns = split_system(turns)
     if num_images:
         turns = [Turn(t.role, normalise_placeholders(t.text, num_images, reference)) for t in turns]
-    return TEMPLATES[template](turns, system, tokenizer, num_images > 0, max_length, reference)
+    if not supervise and template == "plain" and len(turns) == 1:
+        turns = [*turns, Turn("gpt", "")]
+    encoded = TEMPLATES[template](turns, system, tokenizer, num_images > 0, max_length, reference)
+    if supervise:
+        return encoded
+    return EncodedConversation(encoded.input_ids, [IGNORE_LABEL] * len(encoded.labels))
 
 
 def encode_question(turns: Sequence[Turn], template: str, tokenizer: TextTokenizer, *, num_images: int) -> list[int]:
@@ -198,19 +211,20 @@ def _encode_v1(
 ) -> EncodedConversation:
     """Vicuna: rounds end with `</s>`, which is supervised.
 
-    A round encoded alone has a begin token where the prompt has the previous round's `</s>`, so the lengths agree;
-    later rounds additionally lose the implicit blank that only the text's first word gets (unless `legacy`). The
-    instruction counts two tokens too many: the begin token, and its last blank, which joins the answer's first word.
+    Encoded alone, every round has the begin token, if the tokenizer adds one; the prompt has it once, and `</s>` behind
+    every round. Later rounds of a sentencepiece-style tokenizer lose the implicit blank that only the text's first word
+    gets (unless `legacy`). An instruction's last blank joins the answer's first word.
     """
     prompt = chat_prompt(_alternate(turns), _V1[0] if system is None else system, _V1[1])
     if has_image and IMAGE_PLACEHOLDER not in prompt:
         raise ConversationError("the record has an image but no turn says <image>")
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
-    spans, cursor = [], 1
+    begin = len(tokenizer.prefix_ids)
+    spans, cursor = [], begin
     for i, (text, instruction) in enumerate(_rounds(prompt, END_TOKENS["v1"], _ANSWER_MARK)):
-        fewer = 1 if i and not tokenizer.legacy else 0
-        end = cursor + len(encode(text)) - fewer
-        spans.append(_Span(cursor, cursor + len(encode(instruction)) - 2 - fewer, end))
+        fewer = begin + (1 if i and tokenizer.is_sentencepiece and not tokenizer.legacy else 0)
+        end = cursor + len(encode(text)) - fewer + 1
+        spans.append(_Span(cursor, cursor + len(encode(instruction)) - fewer - 1, end))
         cursor = end
     return _label(ids, spans, cursor, _num_tokens(ids, tokenizer, reference), max_length)
 
@@ -235,8 +249,9 @@ def _encode_qwen_2(
     for i, (text, instruction) in enumerate(_rounds(prompt, END_TOKENS["qwen_2"], _ANSWER_MARK)):
         joint = 1 if i else 0  # the previous round's <|im_end|>: supervised
         round_ids, given = encode(text), encode(instruction if reference else instruction.rstrip())
-        end = cursor + len(round_ids) + joint
-        spans.append(_Span(cursor + joint, cursor + joint + _common_prefix(round_ids, given), end))
+        fewer = len(tokenizer.prefix_ids) if i else 0  # only the prompt's first round has a begin token
+        end = cursor + len(round_ids) + joint - fewer
+        spans.append(_Span(cursor + joint, cursor + joint + _common_prefix(round_ids, given) - fewer, end))
         cursor = end
     num_tokens = _num_tokens(ids, tokenizer, reference)
     encoded = _label(ids, spans, cursor, num_tokens - 1, max_length)

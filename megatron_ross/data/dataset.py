@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
+from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID, MAX_IMAGES_PER_SAMPLE
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
@@ -40,6 +40,17 @@ class Measurement:
     mismatch: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Tokens of a sample up to the end of its first image, and up to its first supervised token; None: it has none."""
+
+    image: int | None
+    answer: int | None
+
+
+_ANY_LENGTH = 2**62
+
+
 class RossDataset:
     """Random access to the samples of JSON, JSONL and parquet files and WebDataset shards, one after the other."""
 
@@ -55,6 +66,7 @@ class RossDataset:
         reference: bool = False,
         cache_folder: Path | None = None,
         allow_image_symlinks: bool = False,
+        supervise: bool = True,
     ):
         """
         Args:
@@ -67,6 +79,7 @@ class RossDataset:
             reference: exactly the published ids and labels (literal padding tokens are removed, too).
             cache_folder: for indices of large files; None takes `index.default_cache_folder()`.
             allow_image_symlinks: follow symbolic links out of `image_root`.
+            supervise: False gives no token a label, and takes records without an answer, or with images alone.
 
         Raises:
             ValueError: a file or the image folder is missing or unreadable, or a setting is impossible.
@@ -74,7 +87,9 @@ class RossDataset:
         if template not in TEMPLATES:
             raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
         if max_length < 1 or num_image_tokens < 1:
-            raise ValueError(f"max_length ({max_length}) and num_image_tokens ({num_image_tokens}) must be positive")
+            raise ValueError(
+                f"seq_length={max_length}: must be positive, and so must the tokens of an image ({num_image_tokens})"
+            )
         self.name = ", ".join(map(str, [json_path] if isinstance(json_path, str | os.PathLike) else json_path))
         """The files of its records, for messages."""
         self._image_root = image_root
@@ -83,8 +98,9 @@ class RossDataset:
         self._tokenizer = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer(tokenizer)
         self._template = template
         self._num_image_tokens = num_image_tokens
-        self._max_length = max_length
+        self.max_length = max_length
         self._reference = reference
+        self.supervise = supervise
         self.image_processor = image_processor
 
     def __len__(self) -> int:
@@ -100,7 +116,7 @@ class RossDataset:
         encoded = self._encode(record)
         if self._reference:
             encoded = _without_padding(encoded, self._tokenizer.pad_id)
-        ids, labels, starts = expand_images(encoded, self._num_image_tokens, self._max_length)
+        ids, labels, starts = expand_images(encoded, self._num_image_tokens, self.max_length)
         return RossSample(
             sample_id=index,
             input_ids=ids,
@@ -120,14 +136,16 @@ class RossDataset:
         record = self.record(index)
         ids = encode_question(record.turns, self._template, self._tokenizer, num_images=len(record.images))
         encoded = EncodedConversation(ids, [IGNORE_LABEL] * len(ids))
-        tokens, labels, starts = expand_images(encoded, self._num_image_tokens, self._max_length)
+        tokens, labels, starts = expand_images(encoded, self._num_image_tokens, self.max_length)
+        if not len(tokens):
+            raise ConversationError(f"{record.where}: seq_length {self.max_length} has no room for its first image")
         spans = tuple(self._span(index, record, i, start) for i, start in enumerate(starts))
         return RossSample(index, tokens, labels, spans, num_images_cut=ids.count(IMAGE_TOKEN_ID) - len(starts))
 
     def record(self, index: int) -> Record:
         """The checked record of one sample. Raises RecordError, IndexError."""
         raw, where = self._raw(index)
-        return parse_record(raw, where)
+        return parse_record(raw, where, needs_answer=self.supervise)
 
     def token_length(self, index: int) -> int:
         """Tokens of one sample, images expanded. Raises RecordError, ConversationError."""
@@ -145,12 +163,25 @@ class RossDataset:
         num_tokens = num_images = num_supervised = 0
         for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
             width = self._num_image_tokens if token == IMAGE_TOKEN_ID else 1
-            if num_tokens + width > self._max_length:
+            if num_tokens + width > self.max_length:
                 break
             num_supervised += label != IGNORE_LABEL and num_tokens > 0
             num_images += token == IMAGE_TOKEN_ID
             num_tokens += width
         return Measurement(num_tokens, num_supervised, num_images, len(record.images) - num_images, encoded.mismatch)
+
+    def room_needed(self, index: int) -> Room:
+        """What one sample needs, however little `max_length` is. Raises RecordError, ConversationError."""
+        encoded = self._encode(self.record(index), _ANY_LENGTH)
+        num_tokens, image, answer = 0, None, None
+        for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+            is_image = token == IMAGE_TOKEN_ID
+            num_tokens += self._num_image_tokens if is_image else 1
+            if is_image and image is None:
+                image = num_tokens
+            if label != IGNORE_LABEL and num_tokens > 1 and answer is None:
+                answer = num_tokens
+        return Room(image, answer)
 
     def modality_length(self, index: int) -> int:
         """Words of one record, negative without image, never 0: what the published grouped sampler sorts by.
@@ -164,9 +195,15 @@ class RossDataset:
         return (1 if has_image(raw) else -1) * max(word_count(raw), 1)
 
     @property
+    def path(self) -> str:
+        """Its first file."""
+        return self._sources[0].path
+
+    @property
     def fingerprint(self) -> str:
         """Names everything the token ids depend on: records, tokenizer, template and settings."""
-        settings = (self._template, self._num_image_tokens, self._max_length, self._reference)
+        settings = (self._template, self._num_image_tokens, self.max_length, self._reference)
+        settings += () if self.supervise else ("unsupervised",)
         return " ".join([self.records_fingerprint, self._tokenizer.fingerprint, *map(str, settings)])
 
     @property
@@ -195,15 +232,23 @@ class RossDataset:
         source = self._sources[number]
         return source, index - (self._ends[number] - len(source))
 
-    def _encode(self, record: Record) -> EncodedConversation:
+    def _encode(self, record: Record, max_length: int | None = None) -> EncodedConversation:
+        """`max_length`: instead of the data set's."""
+        max_length = max_length or self.max_length
+        if len(record.images) > MAX_IMAGES_PER_SAMPLE:
+            raise RecordError(
+                f"{record.where}: has {len(record.images)} images; a sample may have at most {MAX_IMAGES_PER_SAMPLE}, "
+                "because the noise of more would repeat"
+            )
         try:
             encoded = encode_conversation(
                 record.turns,
                 self._template,
                 self._tokenizer,
                 num_images=len(record.images),
-                max_length=self._max_length,
+                max_length=max_length,
                 reference=self._reference,
+                supervise=self.supervise,
             )
         except ConversationError as error:
             raise ConversationError(f"{record.where}: {error}") from error
@@ -211,6 +256,11 @@ class RossDataset:
         if placeholders != len(record.images):
             raise ConversationError(
                 f"{record.where}: {placeholders} <image> placeholders for {len(record.images)} images; they must agree"
+            )
+        if encoded.input_ids[:1] == [IMAGE_TOKEN_ID] and self._num_image_tokens > max_length:
+            raise ConversationError(
+                f"{record.where}: begins with an image, whose {self._num_image_tokens} tokens are more than seq_length "
+                f"{max_length}: nothing would be left of it"
             )
         return encoded
 

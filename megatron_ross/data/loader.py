@@ -293,7 +293,7 @@ class RossLoader:
             sample = stub_sample(sample_id)
             findings[position] = Finding(SampleStatus.BAD, str(error))
         else:
-            finding = finding_of(sample)
+            finding = finding_of(sample, self._quarantine.policy.template if self._quarantine is not None else "")
             if finding is not None:
                 findings[position] = finding
         return _Placed(position, epoch, sample)

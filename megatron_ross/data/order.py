@@ -125,10 +125,19 @@ class GroupedOrder(SampleOrder):
         self._world_size = world_size
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(int(_mix(np.array([self.seed * 2**32 + epoch]))[0] >> np.uint64(1)))
+        generator = torch.Generator().manual_seed(_torch_seed(self.seed, epoch))
         keys = self._base.epoch_keys(epoch)
         places = grouped_indices(self._lengths[keys[:, 1]].tolist(), self._batch_size, self._world_size, generator)
         return keys[places]
+
+
+def _torch_seed(seed: int, epoch: int) -> int:
+    """63 bits that depend on all bits of both; the lower 32 of a seed alone decide where it has no others."""
+    low, high = seed % 2**32, seed // 2**32
+    mixed = _mix(np.array([low * 2**32 + epoch], dtype=np.uint64))
+    if high:
+        mixed = _mix(mixed ^ _mix(np.array([high], dtype=np.uint64)))
+    return int(mixed[0] >> np.uint64(1))
 
 
 class BlendedOrder(SampleOrder):

@@ -42,7 +42,7 @@ def plan_packs(keys: np.ndarray, lengths: np.ndarray, capacity: int, lookahead: 
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(
             f"samples have {int(lengths.min())} to {int(lengths.max())} tokens; packs of {capacity} hold 1 to "
-            f"{capacity}: raise pack_length or lower max_length"
+            f"{capacity}: both are seq_length, which the lengths were measured for"
         )
     sizes = lengths.tolist()
     buffer = list(range(min(lookahead, len(sizes))))  # places in `keys`, oldest first

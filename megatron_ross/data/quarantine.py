@@ -23,6 +23,9 @@ from megatron_ross.config.model import IGNORE_LABEL
 from megatron_ross.data.batch import RossMicrobatch, RossSample
 from megatron_ross.data.run_files import RunFiles
 
+MAX_EXAMPLES = 5
+_ROUNDING = 1e-6  # 0.29 * 100 is below 29
+
 
 class SampleStatus(IntEnum):
     """What became of a sample; the larger value wins when ranks see different things."""
@@ -42,7 +45,9 @@ class BadSamplePolicy:
         agree: reduces an int32 tensor (one status per sample of the global batch) to its maximum over ALL ranks of the
             run. It is called once per step on every rank, from the thread that calls `next_step`.
         max_bad_share, max_mismatch_share: the run stops above these shares of the samples consumed so far.
-        min_samples: until so many samples are consumed, shares are taken of this number.
+        min_samples: until so many samples are consumed, shares are taken of this number. `samples_for_a_share` says
+            how many suit a data set.
+        template: of the conversations, for messages.
         quarantine_path: JSONL file to append this rank's findings to; None writes nothing.
         files: writes that file.
     """
@@ -51,8 +56,19 @@ class BadSamplePolicy:
     max_bad_share: float = 0.01
     max_mismatch_share: float = 0.01
     min_samples: int = 1000
+    template: str = ""
     quarantine_path: Path | None = None
     files: RunFiles = field(default_factory=RunFiles)
+
+
+def samples_for_a_share(samples_per_epoch: int) -> int:
+    """How many samples a share is taken of at least.
+
+    The first bad sample of a large set says little about its share: ten in a thousand may be chance. Of a set below a
+    thousand the share is exact from the start, because no more samples follow than it has: eight bad ones of eight are
+    too many, and so is one of ten where 1 % is allowed.
+    """
+    return min(1000, samples_per_epoch)
 
 
 class TooManyBadSamplesError(ValueError):
@@ -72,14 +88,15 @@ def stub_sample(sample_id: int) -> RossSample:
     return RossSample(sample_id, torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE_LABEL))
 
 
-def finding_of(sample: RossSample) -> Finding | None:
-    """What is wrong with a sample that could be tokenised, if anything."""
+def finding_of(sample: RossSample, template: str = "") -> Finding | None:
+    """What is wrong with a sample that could be tokenised, if anything; `template` is for the message."""
     if sample.mismatch:
-        return Finding(SampleStatus.MISMATCH, "tokenization mismatch: all labels are masked")
+        under = f" under template {template}" if template else ""
+        return Finding(SampleStatus.MISMATCH, f"tokenization mismatch{under}: all labels are masked")
     if sample.lacks_images:
         return Finding(SampleStatus.LACKS_IMAGES, "says <image>, but the record names no image")
     if sample.num_images_cut:
-        return Finding(SampleStatus.IMAGES_CUT, f"max_length left no room for {sample.num_images_cut} of its images")
+        return Finding(SampleStatus.IMAGES_CUT, f"seq_length left no room for {sample.num_images_cut} of its images")
     return None
 
 
@@ -89,12 +106,12 @@ class Quarantine:
     def __init__(self, policy: BadSamplePolicy):
         self.policy = policy
         self.counts: Counter[str] = Counter()
-        self._examples: list[str] = []
+        self.examples: list[str] = []
 
     def clear(self) -> None:
         """Forget everything."""
         self.counts.clear()
-        self._examples.clear()
+        self.examples.clear()
 
     def settle(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> list[int]:
         """Agree with all ranks on one global batch.
@@ -113,9 +130,9 @@ class Quarantine:
         statuses = self.policy.agree(flags).tolist()
         self.counts.update(SampleStatus(s).name.lower() for s in statuses if s != SampleStatus.GOOD)
         for position, status in enumerate(statuses):
-            if status >= SampleStatus.LACKS_IMAGES and len(self._examples) < 5:
+            if status >= SampleStatus.LACKS_IMAGES and len(self.examples) < MAX_EXAMPLES:
                 known = findings[position].reason if position in findings else "found by another rank"
-                self._examples.append(f"sample {keys[position, 1]}: {known}")
+                self.examples.append(f"sample {keys[position, 1]}: {known}")
         return [position for position, status in enumerate(statuses) if status == SampleStatus.BAD]
 
     def check(self, consumed_samples: int) -> None:
@@ -123,18 +140,24 @@ class Quarantine:
         Raises:
             TooManyBadSamplesError: a share passed its limit; the message gives examples.
         """
-        total = max(consumed_samples, self.policy.min_samples)
+        policy = self.policy
+        total = max(consumed_samples, policy.min_samples)
+        why = f" under template {policy.template}" if policy.template else ""
         limits = {
-            "bad": self.policy.max_bad_share,
-            "lacks_images": self.policy.max_bad_share,
-            "mismatch": self.policy.max_mismatch_share,
+            "bad": ("max_bad_sample_share", policy.max_bad_share, "bad: their records or images are broken"),
+            "lacks_images": (
+                "max_bad_sample_share",
+                policy.max_bad_share,
+                "lacks_images: they say <image>, but their records name no image",
+            ),
+            "mismatch": ("max_mismatch_share", policy.max_mismatch_share, f"mismatch: their tokens do not add up{why}"),
         }
-        for name, limit in limits.items():
-            if self.counts[name] > limit * total:
+        for name, (setting, limit, text) in limits.items():
+            if self.counts[name] > limit * total + _ROUNDING:
                 raise TooManyBadSamplesError(
-                    f"{self.counts[name]} of {consumed_samples} samples are {name}, more than the allowed share "
-                    f"(max_{name}_share {limit}); check the data with tools/prepare_data.py. "
-                    f"Examples: {'; '.join(self._examples)}"
+                    f"{self.counts[name]} of {consumed_samples} samples are {text}; more than the allowed share "
+                    f"({setting}={limit}); check the data with tools/prepare_data.py, or allow more. "
+                    f"Examples: {'; '.join(self.examples)}"
                 )
 
     def _write(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> None:

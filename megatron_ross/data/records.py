@@ -90,7 +90,7 @@ class ImageRoot:
         is_folder = os.path.isdir(self._real) if self._file_system is None else self._file_system.isdir(self._real)
         if not is_folder:
             raise ValueError(
-                f"image_root {self.folder} is not a folder; set it to the folder the 'image' names start from"
+                f"image_folder={self.folder}: is not a folder; set it to the folder the 'image' names start from"
             )
 
     def resolve(self, name: str) -> str:

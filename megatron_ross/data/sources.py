@@ -69,7 +69,7 @@ class LlavaSource:
         if name.startswith(DATA_SCHEME):
             return embedded_image(self[index], number, MAX_IMAGE_BYTES)
         if self._image_root is None:
-            raise ImageError(f"image {name!r} cannot be read: no image_root is set")
+            raise ImageError(f"image {name!r} cannot be read: image_folder is not set")
         return self._image_root.read(name)
 
     def image_stamp(self, index: int, number: int, name: str) -> str:
@@ -111,7 +111,7 @@ def open_sources(
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     names = [name for path in given for name in expand_braces(os.fspath(path))]
     if not names:
-        raise ValueError("json_path is empty; name at least one JSON, JSONL, parquet or tar file")
+        raise ValueError("data_path is empty; name at least one JSON, JSONL, parquet or tar file")
     root = ImageRoot(image_root, allow_image_symlinks) if image_root is not None else None
     row_groups = RowGroups()
     return [_open_source(name, root, cache_folder, row_groups) for name in names]

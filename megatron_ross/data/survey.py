@@ -36,9 +36,9 @@ class Survey:
     """Sizes by sample as training will see it, and findings: kind -> the samples that have it, and a few examples.
 
     A skipped sample has one finding of `SKIPPED`. Others may be masked (`mismatch`) or lose images (`images_cut`); as
-    in training, what is masked does not count as cut. `empty_answer`, `nothing_supervised` and `bad_image_cut` (a
-    broken image behind the sample's cut, which training never opens) are for the user only, and so are `rgb.KINDS`:
-    samples with an image that `image_conversion` decides about.
+    in training, what is masked does not count as cut. For the user only: `empty_answer`, `nothing_supervised`,
+    `no_image` (where images are all that is trained on), `bad_image_cut` (a broken image behind the sample's cut, which
+    training never opens), and `rgb.KINDS`: samples with an image that `image_conversion` decides about.
     """
 
     num_tokens: list[int] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Checker:
         except ConversationError as error:
             survey.find("bad_conversation", index, str(error))
             return _STUB
-        if any(turn.role == "gpt" and not turn.text.strip() for turn in record.turns):
+        if dataset.supervise and any(turn.role == "gpt" and not turn.text.strip() for turn in record.turns):
             survey.find("empty_answer", index, record.where)
         if record.lacks_images:
             survey.find("lacks_images", index, f"{record.where}: says <image>, but names no image")
@@ -110,7 +110,10 @@ class Checker:
             survey.find("mismatch", index, record.where)
         elif sizes.num_images_cut:
             survey.find("images_cut", index, f"{record.where}: {sizes.num_images_cut} images do not fit seq_length")
-        if not sizes.mismatch and not sizes.num_supervised:
+        if not dataset.supervise:
+            if not sizes.num_images:
+                survey.find("no_image", index, f"{record.where}: with lm_loss_weight=0, nothing is left to train on")
+        elif not sizes.mismatch and not sizes.num_supervised:
             survey.find("nothing_supervised", index, record.where)
         return sizes
 

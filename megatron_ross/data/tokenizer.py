@@ -53,7 +53,7 @@ class TextTokenizer:
             "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)"
         )
         model = self._backend.model
-        self._is_sentencepiece = isinstance(model, models.BPE) and bool(model.byte_fallback)
+        self.is_sentencepiece = isinstance(model, models.BPE) and bool(model.byte_fallback)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the begin token if this tokenizer adds one. `<image>` is ordinary text."""
@@ -89,7 +89,7 @@ class TextTokenizer:
         return self._backend.token_to_id(token)
 
     def _encode_body(self, text: str) -> list[int]:
-        if not self._is_sentencepiece:
+        if not self.is_sentencepiece:
             return self._backend.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         position = 0

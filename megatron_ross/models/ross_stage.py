@@ -87,7 +87,7 @@ class RossStage(MegatronModule):
         groups: this rank's process groups.
         transformer_engine: build decoder layers from TransformerEngine.
         is_last: this stage returns the loss.
-        loss: seed, draws and objective of the reconstruction loss.
+        loss: seed, draws and objective of the reconstruction loss, and whether there is a language loss.
         denoiser_dtype, cached_latents: see `ReconstructionHead`.
         vision_tower_dtype: see `VisionEncoder`.
         lm_head_chunk_tokens: most positions whose logits exist at the same time, see `lm_head_loss_sum`.
@@ -120,6 +120,7 @@ class RossStage(MegatronModule):
         self.is_last = is_last
         self.vp_stage = vp_stage
         self.lm_head_chunk_tokens = lm_head_chunk_tokens
+        self.supervises_text = loss.supervises_text
         self.input_tensor: Tensor | None = None
         self.wait_for: WaitFor = nothing_to_wait_for  # before weights that Megatron does not wait for
         self.losses = StepLosses(current_device())
@@ -281,10 +282,13 @@ class RossStage(MegatronModule):
         return VocabularyShard(self.groups.tp, self.model_config.language.vocab_size)
 
     def lm_loss(self, hidden: Tensor, batch: RossMicrobatch) -> Tensor:
-        """Summed cross entropy at supervised positions only: most positions of a sample carry no label."""
+        """Summed cross entropy at supervised positions only: most positions of a sample carry no label.
+
+        Where the loss has no weight, no position is worth the work; the autograd graph is the same.
+        """
         rows = hidden.transpose(0, 1).flatten(0, 1)
         labels = batch.labels.flatten()
-        positions = (labels >= 0).nonzero().squeeze(1)
+        positions = (labels >= 0).nonzero().squeeze(1) if self.supervises_text else labels.new_empty(0)
         breakdown = self.breakdown
         return lm_head_loss_sum(
             rows[positions],

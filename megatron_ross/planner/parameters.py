@@ -44,7 +44,8 @@ class _Shape:
 def stage_parameters(model: RossModelConfig, run: RunConfig, layout: StageLayout, spec: StageSpec) -> list[Parameter]:
     """Parameters of one stage on one tensor-parallel rank, in module order."""
     width = 2 if run.compute.bf16 else 4
-    shapes = _stage_shapes(model, run.trainability, layout, spec, run.parallel.tensor_model_parallel_size)
+    tp = run.parallel.tensor_model_parallel_size
+    shapes = _stage_shapes(model, run.trainability, layout, spec, tp, supervises_text=run.loss.supervises_text)
     tower = {"bf16": 2, "fp32": 4, "tf32": 4, None: width}[run.compute.vision_tower_dtype]
     widths = {"vae": 4, "tower": tower}
     absent = "vae" if run.data.latent_cache else None
@@ -56,7 +57,13 @@ def stage_parameters(model: RossModelConfig, run: RunConfig, layout: StageLayout
 
 
 def _stage_shapes(
-    model: RossModelConfig, train: TrainabilityConfig, layout: StageLayout, spec: StageSpec, tp: int
+    model: RossModelConfig,
+    train: TrainabilityConfig,
+    layout: StageLayout,
+    spec: StageSpec,
+    tp: int,
+    *,
+    supervises_text: bool,
 ) -> Iterator[_Shape]:
     language, trains_llm = model.language, not train.freeze_language_model
     vocabulary = (-(-language.vocab_size // tp), language.hidden_size)
@@ -76,7 +83,7 @@ def _stage_shapes(
         yield from denoiser_shapes(model, model.denoiser, train)
         yield from vae_shapes(model.vae)
     if spec.has("H") and (apart or not tied):
-        yield _Shape("head", vocabulary, trains_llm, apart)
+        yield _Shape("head", vocabulary, trains_llm and (tied or supervises_text), apart)
 
 
 def _linear(part: str, n_in: int, n_out: int, trainable: bool, *, bias: bool = True) -> Iterator[_Shape]:

@@ -6,7 +6,7 @@ Predictions are only as good: use them to compare layouts, and measure the few t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ross.config.layout import StageLayout, StageSpec
 from megatron_ross.config.model import RossModelConfig
@@ -58,10 +58,11 @@ class CostModel:
 
     @property
     def microbatch(self) -> Work:
-        """Real counts of one microbatch."""
+        """Real counts of one microbatch; no token is supervised where the language loss has no weight."""
         data = self.run.data
         samples = data.micro_batch_size * self.workload.samples_per_sequence(self.model, self.run)
-        return self.workload.work(self.model, data.seq_length, samples)
+        work = self.workload.work(self.model, data.seq_length, samples)
+        return work if self.run.loss.supervises_text else replace(work, supervised_tokens=0.0)
 
     @property
     def computed_tokens(self) -> float:

@@ -58,6 +58,8 @@ def build_stages(
     ]
     for stage in stages:
         set_trainability(stage, run.trainability)
+        if not run.loss.supervises_text and stage.spec.has("H"):
+            freeze_head(stage)
     return stages
 
 
@@ -75,6 +77,12 @@ def set_trainability(stage: RossStage, trainability: TrainabilityConfig) -> None
         denoiser.requires_grad_(trains)
         table = trainability.train_denoiser_position_table
         denoiser.pos_embed.requires_grad_(trains and (trainability.freeze_language_model if table is None else table))
+
+
+def freeze_head(stage: RossStage) -> None:
+    """An LM head of its own gets no gradient from a language loss without weight; tied, it is the embedding."""
+    if not stage.model_config.language.share_embeddings_and_output_weights:
+        stage.output_layer.requires_grad_(False)
 
 
 def wrap_ddp(stages: list[RossStage], run: RunConfig) -> list[DistributedDataParallel]:

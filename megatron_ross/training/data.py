@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_ross.config.model import VisionConfig
 from megatron_ross.config.schema import DataConfig, RunConfig
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
 from megatron_ross.data.decoders import PixelDecoder
+from megatron_ross.data.fit import check_room, check_template_fit
 from megatron_ross.data.held_out import FixedOrder, held_out_ids, kept_ids, validation_order
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.latent_cache import LatentCache, LatentReader
@@ -26,7 +28,7 @@ from megatron_ross.data.lengths import modality_lengths, token_lengths
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights
 from megatron_ross.data.packing import PackedOrder
-from megatron_ross.data.quarantine import BadSamplePolicy
+from megatron_ross.data.quarantine import BadSamplePolicy, samples_for_a_share
 from megatron_ross.data.run_files import RunFiles
 from megatron_ross.data.tokenizer import load_tokenizer
 from megatron_ross.parallel.groups import ParallelGroups
@@ -54,7 +56,8 @@ def build_valid_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> R
 
 def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, assets: Path) -> list[RossDataset]:
     tokenizer = load_tokenizer(assets)
-    return [
+    check_template_fit(run.data.template, tokenizer, reference=run.loss.loss_mode == "reference")
+    datasets = [
         RossDataset(
             source.data_path,
             source.image_folder or None,
@@ -65,9 +68,13 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
             allow_image_symlinks=run.data.allow_image_symlinks,
+            supervise=run.loss.supervises_text,
         )
         for source in sources
     ]
+    for dataset in datasets:
+        check_room(dataset)
+    return datasets
 
 
 def agree_on_data(dataset: TrainingSet) -> None:
@@ -225,7 +232,7 @@ def build_loader(
         num_workers=data.num_workers,
         decoder=_decoder(data, dataset.image_processor) if needs_pixels else None,
         latents=LatentReader(LatentCache(Path(data.latent_cache)), data.num_workers) if needs_latents else None,
-        bad_samples=_bad_sample_policy(run, write=not isinstance(order, FixedOrder)),
+        bad_samples=_bad_sample_policy(run, order),
         source_ends=source_ends(dataset),
         num_sequences=order.num_sequences if isinstance(order, FixedOrder) else None,
     )
@@ -246,15 +253,30 @@ def _decoder(data: DataConfig, processor: ImageProcessor) -> PixelDecoder | None
     return DaliDecoder(processor, num_threads=data.num_workers, device_id=device)
 
 
-def _bad_sample_policy(run: RunConfig, *, write: bool) -> BadSamplePolicy:
-    """`write`: findings go to the run folder; those of validation would be there again and again."""
-    folder = Path(run.training.save) if run.training.save and write else None
-    return BadSamplePolicy(
+def _bad_sample_policy(run: RunConfig, order: SampleOrder) -> BadSamplePolicy:
+    """This rank's, in step with all others. Findings of validation, which would be there again and again, are not
+    written to the run folder."""
+    folder = Path(run.training.save) if run.training.save and not isinstance(order, FixedOrder) else None
+    return replace(
+        bad_sample_limits(run, order),
         agree=_maximum_over_ranks,
-        max_bad_share=run.data.max_bad_sample_share,
-        max_mismatch_share=run.data.max_mismatch_share,
         quarantine_path=folder / f"quarantine_rank{dist.get_rank()}.jsonl" if folder else None,
         files=RunFiles.of(run),
+    )
+
+
+def bad_sample_limits(run: RunConfig, order: SampleOrder) -> BadSamplePolicy:
+    """How many broken samples a run allows.
+
+    Of held-out samples it allows as many as of a thousand, however few there are: a run that has trained for hours must
+    not end because of one of them.
+    """
+    is_validation = isinstance(order, FixedOrder)
+    return BadSamplePolicy(
+        max_bad_share=run.data.max_bad_sample_share,
+        max_mismatch_share=run.data.max_mismatch_share,
+        min_samples=1000 if is_validation else samples_for_a_share(len(order.epoch_keys(0))),
+        template=run.data.template,
     )
 
 

@@ -59,6 +59,7 @@ class IntervalMetrics:
     bad_samples: dict[str, int]  # since the run's start, by status: bad (skipped), mismatch (masked), images_cut
     samples_by_source: dict[str, int]  # consumed since the run's start from each source of a blend
     losses: BrokenDownLosses
+    empty_iterations: int = 0  # that trained nothing, since the run's start
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Interval:
         bad_samples: dict[str, int],
         samples_by_source: dict[str, int],
         losses: BrokenDownLosses,
+        empty: int = 0,
     ) -> IntervalMetrics:
         """Metrics since the last call; starts a new interval."""
         seconds = time.perf_counter() - self._begin
@@ -155,6 +157,7 @@ class Interval:
             bad_samples=bad_samples,
             samples_by_source=samples_by_source,
             losses=losses,
+            empty_iterations=empty,
         )
         self.__init__()  # type: ignore[misc]
         return metrics
@@ -270,6 +273,7 @@ def _line(m: IntervalMetrics, train_iters: int) -> str:
         f"TFLOP/s/rank {m.tflops_per_rank:.3g} | ms/iteration {m.seconds_per_iteration * 1e3:.0f} | "
         f"data wait ms {m.data_wait_seconds * 1e3:.0f} | memory GiB {m.memory_gib:.2f} | skipped {m.skipped_iterations}"
         + (f" | save stall ms {m.save_stall_seconds * 1e3:.0f}" if m.save_stall_seconds else "")
+        + (f" | empty {m.empty_iterations}" if m.empty_iterations else "")
         + _bad_samples(m.bad_samples)
     )
 

@@ -137,7 +137,7 @@ class Observations:
         return ValidationMetrics(
             iteration=iteration,
             consumed_samples=consumed_samples,
-            lm_loss=lm.value,
+            lm_loss=lm.value * self._run.loss.lm_loss_weight,
             recon_loss=recon.value * self._run.loss.recon_loss_weight,
             losses=self._broken_down(result.losses),
             num_samples=result.num_samples,
@@ -149,10 +149,10 @@ class Observations:
 
     def _broken_down(self, losses: MeanLosses) -> BrokenDownLosses:
         """By name, without buckets and sources of which nothing came; weighted as the training loss is."""
-        weight = self._run.loss.recon_loss_weight
+        weight, lm_weight = self._run.loss.recon_loss_weight, self._run.loss.lm_loss_weight
         return BrokenDownLosses(
             recon_loss_by_timestep=_named(_bucket_names(self._num_buckets), losses.by_timestep, weight),
-            lm_loss_by_source=_named(self._names, losses.lm_by_source),
+            lm_loss_by_source=_named(self._names, losses.lm_by_source, lm_weight),
             recon_loss_by_source=_named(self._names, losses.recon_by_source, weight),
         )
 

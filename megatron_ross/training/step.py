@@ -50,15 +50,16 @@ def count(batch: RossMicrobatch) -> BatchCounts:
 def loss_scales(batches: list[RossMicrobatch], loss: LossConfig, groups: ParallelGroups) -> list[LossScales]:
     """Scales of this rank's microbatches. One all-reduce of counts over data-parallel ranks, before the step."""
     counts = [count(batch) for batch in batches]
+    weights = loss.recon_loss_weight, loss.lm_loss_weight
     if loss.loss_mode == "reference":
         num_microbatches = len(batches) * groups.dp.size()
-        return [reference_scales(c, num_microbatches, loss.num_noise_draws, loss.recon_loss_weight) for c in counts]
+        return [reference_scales(c, num_microbatches, loss.num_noise_draws, *weights) for c in counts]
     totals = torch.tensor(
         [sum(c.supervised_tokens for c in counts), sum(c.images for c in counts)], device=current_device()
     )
     dist.all_reduce(totals, group=groups.dp)
     total = BatchCounts(*totals.tolist())
-    return [token_mean_scales(total, loss.recon_loss_weight)] * len(batches)
+    return [token_mean_scales(total, *weights)] * len(batches)
 
 
 def step_work(batches: list[RossMicrobatch], groups: ParallelGroups) -> Work:

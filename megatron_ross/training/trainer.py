@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
 from megatron_ross.training.data import agree_on_data, build_dataset, build_loader, build_order, source_names
+from megatron_ross.training.empty_steps import EmptySteps
+from megatron_ross.training.errors import TrainingError
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from megatron_ross.training.metrics import Interval, RunLog
 from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of, write_nonfinite
@@ -45,10 +48,6 @@ from megatron_ross.training.step import StepResult, loss_scales, step_work, trai
 from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
 from megatron_ross.training.watchdog import Watchdog
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; raised on every rank alike."""
 
 
 class Trainer:
@@ -107,6 +106,8 @@ class Trainer:
         self.rerun = start_rerun(run.training.rerun_mode, self.folder)
         self.straggler = StragglerReport(run.training.log_straggler)
         self.spikes = SpikeDetector(run.training.loss_spike_factor)
+        steps_per_epoch = math.ceil(self.order.epoch_length(0) / run.data.global_batch_size)
+        self.empty = EmptySteps(run, steps_per_epoch, self.train_iters)
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}
@@ -123,12 +124,14 @@ class Trainer:
             progress["num_updates"],
         )
         self.loader.load_state_dict(progress["data"])
+        self.empty.total = progress.get("empty", 0)
 
     def train(self) -> None:
         """Run the remaining iterations.
 
         Raises:
-            TrainingError: too many steps with non-finite gradients. CheckpointError: a checkpoint cannot be written.
+            TrainingError: too many steps with non-finite gradients, or that train nothing.
+            CheckpointError: a checkpoint cannot be written.
         """
         self._announce()
         log = RunLog(self.run, self.files, self.train_iters, self.iteration) if self.groups.is_logging_rank else None
@@ -217,7 +220,18 @@ class Trainer:
             self._skip(result, batches)
         elif (median := self.spikes.look(result.loss)) is not None:
             self._print(f"warning: iteration {self.iteration}: loss {result.loss:.4g}, {median:.4g} before: a spike")
-        return result, step_work(batches, self.groups)
+        work = step_work(batches, self.groups)
+        self._look_for_work(work, result.grad_norm)
+        return result, work
+
+    def _look_for_work(self, work: Work, grad_norm: float) -> None:
+        """Raises TrainingError after too many steps that trained nothing."""
+        try:
+            self.empty.look(self.iteration, work, grad_norm)
+        except TrainingError:
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+            raise
 
     def _skip(self, result: StepResult, batches: list[RossMicrobatch]) -> None:
         """Write down which samples a step without update had, and stop if there were too many such steps."""
@@ -244,6 +258,7 @@ class Trainer:
             consumed_samples=self.loader.consumed_samples,
             learning_rate=self.learning_rate,
             skipped=self.skipped,
+            empty=self.empty.total,
             save_stall=0.0 if self.checkpoints is None else self.checkpoints.take_stall(),
             bad_samples=self.loader.bad_sample_counts,
             samples_by_source=dict(zip(source_names(self.run.data), self.loader.consumed_by_source, strict=True)),
@@ -282,6 +297,7 @@ class Trainer:
             "iteration": self.iteration,
             "skipped": self.skipped,
             "num_updates": self.num_updates,
+            "empty": self.empty.total,
             "data": data,
         }
 

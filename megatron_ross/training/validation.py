@@ -1,9 +1,9 @@
 """Validation: both losses on samples that are never trained on, always the same ones with the same noise.
 
 Losses are one global mean over supervised tokens and one over images, whatever the layout, the batch sizes or
-`loss_mode`, so they can be compared between runs; the reconstruction loss is times `recon_loss_weight`, as the training
-loss is. Batches go through Megatron's schedule forward only, and the training loader, its order, every random state
-and all gradients stay as they are.
+`loss_mode`, so they can be compared between runs; each is times its weight (`lm_loss_weight`, `recon_loss_weight`), as
+the training losses are. Batches go through Megatron's schedule forward only, and the training loader, its order, every
+random state and all gradients stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_ross.losses import LossScales
 from megatron_ross.models.loss_breakdown import LossBreakdown, MeanLosses
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
+from megatron_ross.training.errors import TrainingError
 from megatron_ross.training.forward_only import forward_only
 from megatron_ross.training.step import run_schedule
 
@@ -57,8 +58,8 @@ class Validation:
         self._chunks, self._groups = chunks, groups
         self._loader, self._breakdown, self._beat = loader, breakdown, beat
         self._num_samples = order.num_real_samples
-        # The breakdown takes unscaled losses; a weight of zero says that the reconstruction is not worth its time.
-        self._scales = LossScales(lm=1.0, recon=run.loss.recon_loss_weight)
+        # The breakdown takes unscaled losses; a weight of zero says that a loss is not worth its time.
+        self._scales = LossScales(lm=run.loss.lm_loss_weight, recon=run.loss.recon_loss_weight)
         self._num_batches = order.num_sequences // run.data.global_batch_size
 
     def run(self, should_stop: Callable[[], bool]) -> ValidationResult | None:
@@ -80,6 +81,12 @@ class Validation:
                 self._beat(f"validation, batch {number + 1} of {self._num_batches}")
                 self._forward()
         losses = self._breakdown.take(self._groups)
+        if not losses.lm.count and not losses.recon.count:
+            raise TrainingError(
+                f"validation has nothing to measure: its {self._num_samples} held-out samples have no supervised token "
+                f"and no image to reconstruct (by finding: {dict(self._loader.bad_sample_counts)}); check "
+                "valid_data_path or valid_split"
+            )
         return ValidationResult(
             losses, self._num_samples, time.perf_counter() - begin, dict(self._loader.bad_sample_counts)
         )

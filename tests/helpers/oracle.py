@@ -81,6 +81,7 @@ class Oracle:
         *,
         seed: int,
         num_draws: int = 4,
+        lm_loss_weight: float = 1.0,
         recon_loss_weight: float = 1.0,
         epoch: int = 0,
         draws: NoiseDraws | None = None,
@@ -111,7 +112,7 @@ class Oracle:
                     drawn = NoiseDraws(draws.t[:, i], draws.eps[:, i], draws.posterior[i])
                 recon_sums.append(self._reconstruction(span.load_pixels().double(), condition, drawn))
         zero = torch.zeros((), dtype=torch.float64)
-        lm = sum(lm_sums, start=zero) / max(1, num_tokens)
+        lm = lm_loss_weight * sum(lm_sums, start=zero) / max(1, num_tokens)
         recon = recon_loss_weight * sum(recon_sums, start=zero) / max(1, len(recon_sums))
         names, leaves = zip(*self.weights.items(), strict=True)
         found = torch.autograd.grad(lm + recon, leaves, allow_unused=True)

@@ -104,11 +104,11 @@ def test_modality_lengths_equal_golden(golden, qwen, processor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_root": "gone"}, "image_root"),
+        ({"image_root": "gone"}, "image_folder=gone"),
         ({"json_path": "gone.json"}, "cannot read"),
-        ({"json_path": []}, "json_path is empty"),
+        ({"json_path": []}, "data_path is empty"),
         ({"template": "mpt"}, "template 'mpt'"),
-        ({"max_length": 0}, "max_length"),
+        ({"max_length": 0}, "seq_length=0"),
     ],
 )
 def test_wrong_settings_fail_at_construction(toy, qwen, processor, change, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ross.config.limits import LIMITS
 from megatron_ross.data.order import BlendedOrder, GroupedOrder, SampleOrder, epochs_from_weights, grouped_indices
 
 
@@ -137,3 +138,39 @@ def test_grouped_order_of_a_blend():
         assert sorted(map(tuple, keys.tolist())) == sorted(map(tuple, plain.tolist()))
         kinds = [{lengths[i] > 0 for i in keys[b : b + 8, 1]} for b in range(0, 80, 8)]
         assert all(len(kind) == 1 for kind in kinds)
+
+
+LARGEST_SEED = int(LIMITS["seed"].high)
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1, 2**32, LARGEST_SEED])
+def test_every_seed_up_to_the_limit_orders(seed):
+    lengths = [(-1) ** i * (i % 7 + 1) for i in range(40)]
+    for order in (
+        SampleOrder(40, seed),
+        GroupedOrder(lengths, seed, batch_size=2, world_size=2),
+        BlendedOrder([30, 10], [1, 2.5], seed),
+    ):
+        for epoch in (0, 1, 2**20):
+            ids = order.epoch_ids(epoch)
+            assert set(ids.tolist()) == set(range(40))
+
+
+def test_all_bits_of_a_seed_matter_to_the_grouped_order():
+    def ids(seed):
+        return tuple(GroupedOrder([1] * 50, seed, batch_size=2, world_size=2).epoch_ids(0).tolist())
+
+    seeds = [1, 1 + 2**31, 1 + 2**32, 1 + 2**33, 1 + 2**61, LARGEST_SEED]
+    assert len({ids(seed) for seed in seeds}) == len(seeds)
+
+
+def test_the_grouped_order_of_small_seeds_stays():
+    """Runs that were begun before large seeds were possible must resume: the generator's seed, written out."""
+    for seed, epoch in ((0, 0), (42, 0), (42, 3), (2**31 + 5, 1)):
+        state = (seed * 2**32 + epoch + 0x9E3779B97F4A7C15) % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            state = ((state ^ (state >> shift)) * factor) % 2**64
+        generator = torch.Generator().manual_seed((state ^ (state >> 31)) >> 1)
+        lengths = [i % 9 + 1 for i in range(30)]
+        expected = grouped_indices(lengths, 2, 3, generator)
+        assert GroupedOrder(lengths, seed, batch_size=2, world_size=3).epoch_ids(epoch).tolist() == expected

@@ -68,7 +68,7 @@ def test_no_sample_waits_longer_than_the_buffer():
 
 
 def test_impossible_lengths_are_refused():
-    with pytest.raises(ValueError, match="raise pack_length or lower max_length"):
+    with pytest.raises(ValueError, match="both are seq_length"):
         plan_packs(_keys(2), np.array([5, 11]), 10, 4)
     with pytest.raises(ValueError, match="3 lengths for 2 samples"):
         PackedOrder(SampleOrder(2), [1, 2, 3], 10)

@@ -18,10 +18,13 @@ from PIL import Image
 from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_checkpoint
 from megatron_ross.config.cli import parse_run_config
 from megatron_ross.data.loader import RossLoader
-from megatron_ross.data.quarantine import BadSamplePolicy
+from megatron_ross.data.quarantine import BadSamplePolicy, TooManyBadSamplesError
 from megatron_ross.data.rgb import KINDS
 from megatron_ross.data.survey import SKIPPED
-from megatron_ross.training.data import build_dataset, build_order
+from megatron_ross.planner.workload import Work
+from megatron_ross.training.data import bad_sample_limits, build_dataset, build_order
+from megatron_ross.training.empty_steps import EmptySteps
+from megatron_ross.training.errors import TrainingError
 from megatron_ross.training.schedule import num_iterations
 from tests.helpers.variants import make_variant
 
@@ -184,6 +187,133 @@ def test_shards_of_a_blend_hold_what_training_can_use(tool, config, tmp_path, ca
     capsys.readouterr()
     assert tool.main([*shard_arguments[:-1], "5"]) == 1
     assert "holds shards of other samples" in capsys.readouterr().err
+
+
+def _run_of(toy: Path, checkpoint: Path, tmp_path: Path, records: list[Any], **settings: Any) -> list[str]:
+    """Flags of a run on these records."""
+    (toy / "own.json").write_text(json.dumps(records))
+    flat = {"data_path": str(toy / "own.json"), "image_folder": str(toy / "images"), "init_from": str(checkpoint),
+            "seq_length": 512, "global_batch_size": 4, "num_workers": 1, "seed": 5, **settings}  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(flat))
+    return ["--config", str(tmp_path / "own.yaml")]
+
+
+def _training_stop(flags: list[str]) -> tuple[int, str] | None:
+    """Step and message with which the data stops a run; None if it does not. A loader and its guards, without model."""
+    run = parse_run_config(flags)
+    assets = resolve_checkpoint(Path(run.training.init_from))
+    dataset = build_dataset(run, Manifest.read(assets).model.vision, assets / ASSETS_NAME)
+    order = build_order(run, dataset)
+    loader = RossLoader(dataset, order, global_batch_size=run.data.global_batch_size, micro_batch_size=1,
+                        num_workers=1, bad_samples=bad_sample_limits(run, order))  # fmt: skip
+    steps = num_iterations(run, order)
+    empty = EmptySteps(run, -(-order.epoch_length(0) // run.data.global_batch_size), steps)
+    try:
+        for step in range(1, steps + 1):
+            try:
+                batches = loader.next_step()
+                tokens = sum(batch.num_supervised_tokens for batch in batches)
+                images = sum(int((batch.recon_weight > 0).sum()) for batch in batches)
+                has_gradient = images > 0 or not run.trainability.freeze_language_model
+                empty.look(step, Work(0, 0, tokens, images, images), float(has_gradient))
+            except (TooManyBadSamplesError, TrainingError) as error:
+                return step, str(error)
+        return None
+    finally:
+        loader.close()
+
+
+BAD = {"id": "b", "conversations": 3}
+QUESTION, ANSWER = {"from": "human", "value": "Well?"}, {"from": "gpt", "value": "A cup."}
+TEXT = {"id": "t", "conversations": [QUESTION, ANSWER]}
+MASKED = {"id": "m", "conversations": [QUESTION, ANSWER | {"value": ""}]}
+PICTURE = {"id": "p", "image": "1.png", "conversations": [QUESTION | {"value": "<image>\nWell?"}, ANSWER]}
+BROKEN = PICTURE | {"image": "gone.png"}
+FROZEN = {"freeze_language_model": True}
+
+STOPS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+    "8 of 8 bad": ([BAD] * 8, {}, "max_bad_sample_share=0.01"),
+    "1 of 8 bad": ([BAD, *[TEXT] * 7], {}, "max_bad_sample_share=0.01"),
+    "1 of 10 broken images": ([BROKEN, *[PICTURE] * 9], {}, "max_bad_sample_share=0.01"),
+    "1 of 10 masked": ([MASKED, *[TEXT] * 9], {}, "max_mismatch_share=0.01"),
+    "1 of 99 bad": ([BAD, *[TEXT] * 98], {}, "max_bad_sample_share=0.01"),
+    "2 of 100 bad": ([BAD, BAD, *[TEXT] * 98], {}, "max_bad_sample_share=0.01"),
+    "11 of 1000 bad": ([*[BAD] * 11, *[TEXT] * 989], {"global_batch_size": 100}, "max_bad_sample_share=0.01"),
+    "text alone in stage 1": ([TEXT] * 10, FROZEN, "gradient norm of exactly 0"),
+    "an epoch of masked answers": ([MASKED] * 10, {"max_mismatch_share": 1.0}, "no supervised token"),
+    "text alone without a language loss": ([TEXT] * 10, {"lm_loss_weight": 0}, "no image to reconstruct"),
+    "a long run of text among pictures": (
+        [PICTURE, *[TEXT] * 200],
+        FROZEN | {"global_batch_size": 1, "max_empty_steps": 50},
+        "gradient norm of exactly 0",
+    ),
+}
+GOES_ON: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "10 good": ([PICTURE] * 10, {}),
+    "1 of 10 bad where that is allowed": ([BAD, *[TEXT] * 9], {"max_bad_sample_share": 0.1}),
+    "1 of 100 bad": ([BAD, *[TEXT] * 99], {}),
+    "10 of 1000 bad": ([*[BAD] * 10, *[TEXT] * 990], {"global_batch_size": 100}),
+    "bad ones that the run does not reach": ([*[TEXT] * 300, *[BAD] * 3], {"train_iters": 1}),
+    "text among pictures in stage 1": ([*[PICTURE] * 5, *[TEXT] * 5], FROZEN | {"global_batch_size": 1}),
+    "pictures alone": ([{"image": "1.png"}] * 6, {"lm_loss_weight": 0}),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_exit_1_where_training_stops(tool, case, toy, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records, settings, reason = STOPS[case]
+    flags = _run_of(toy, checkpoint, tmp_path, records, **settings)
+    step, message = _training_stop(flags)
+    assert reason in message
+    assert tool.main([*flags, "--out", str(tmp_path / "out")]) == 1
+    (stop,) = json.loads((tmp_path / "out/report.json").read_text())["stops"]
+    until_examples = message.partition(" Examples")[0]
+    assert stop.startswith(f"training would stop at iteration {step}: {until_examples}")
+    assert stop in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("case", GOES_ON)
+def test_exit_0_where_training_goes_on(tool, case, toy, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records, settings = GOES_ON[case]
+    flags = _run_of(toy, checkpoint, tmp_path, records, **settings)
+    assert _training_stop(flags) is None
+    assert tool.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/report.json").read_text())["stops"] == []
+
+
+def test_validation_is_rehearsed(tool, toy, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = _run_of(toy, checkpoint, tmp_path, [PICTURE] * 8, eval_interval=2, valid_data_path=str(toy / "valid.json"))
+    for number, (records, code, text) in enumerate([
+        ([MASKED] * 3, 1, "validation would stop: its samples have no supervised token"),
+        ([BAD] * 11, 1, "validation would stop at batch 3: 11 of 12 samples are bad"),
+        ([*[BAD] * 3, TEXT], 0, "source validation: 4 samples"),
+    ]):  # fmt: skip
+        (toy / "valid.json").write_text(json.dumps(records))
+        assert tool.main([*flags, "--out", str(tmp_path / f"out{number}")]) == code
+        assert text in capsys.readouterr().out
+    held_out = _run_of(toy, checkpoint, tmp_path, [PICTURE] * 8, eval_interval=2, valid_split=0.25)
+    assert tool.main([*held_out, "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "llama3"}, "template=llama3: the end token <|eot_id|> is no token"),
+        ({"seq_length": 40}, "seq_length=40: has no room for an image"),
+        ({"lm_loss_weight": 0, "recon_loss_weight": 0}, "nothing would be trained"),
+        ({"max_bad_sample_share": 2}, "max_bad_sample_share=2"),
+        ({"freeze_language_model": True, "freeze_mm_mlp_adapter": True, "freeze_mm_inv_projector": True}, "no part is"),
+    ],
+)
+def test_what_is_refused_at_start_is_refused_here(tool, toy, checkpoint, tmp_path, capsys, settings, message):
+    flags = _run_of(toy, checkpoint, tmp_path, [PICTURE] * 4, **settings)
+    assert tool.main([*flags, "--out", str(tmp_path / "out")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_without_a_checkpoint_model_and_tokenizer_are_named(tool, toy, golden, tmp_path, capsys):

@@ -8,11 +8,18 @@ import threading
 import pytest
 import torch
 
+from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.dataset import RossDataset
 from megatron_ross.data.errors import SampleError
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import SampleOrder
-from megatron_ross.data.quarantine import BadSamplePolicy, Quarantine, TooManyBadSamplesError
+from megatron_ross.data.quarantine import (
+    BadSamplePolicy,
+    Quarantine,
+    TooManyBadSamplesError,
+    samples_for_a_share,
+)
+from megatron_ross.training.data import bad_sample_limits
 
 LENIENT = {"max_bad_share": 1.0, "max_mismatch_share": 1.0}
 
@@ -123,16 +130,20 @@ def test_without_a_policy_the_first_broken_sample_stops(broken, qwen, processor)
 
 
 @pytest.mark.parametrize(
-    ("limits", "word"),
+    ("limits", "word", "setting"),
     [
-        ({"max_bad_share": 0.05, "max_mismatch_share": 1.0}, "bad"),
-        ({"max_bad_share": 1.0, "max_mismatch_share": 0.01}, "mismatch"),
+        ({"max_bad_share": 0.05, "max_mismatch_share": 1.0}, "bad", "max_bad_sample_share=0.05"),
+        ({"max_bad_share": 1.0, "max_mismatch_share": 0.01}, "mismatch", "max_mismatch_share=0.01"),
     ],
 )
-def test_run_stops_above_the_allowed_share_with_examples(broken, qwen, processor, limits, word):
-    loader = _loader(broken[0], qwen, processor, BadSamplePolicy(min_samples=1, **limits))
-    with pytest.raises(TooManyBadSamplesError, match=rf"samples are {word}.*max_{word}_share.*Examples: sample \d+: "):
+def test_run_stops_above_the_allowed_share_with_examples(broken, qwen, processor, limits, word, setting):
+    loader = _loader(broken[0], qwen, processor, BadSamplePolicy(min_samples=1, template="qwen_2", **limits))
+    with pytest.raises(
+        TooManyBadSamplesError, match=rf"samples are {word}.*{setting}.*Examples: sample \d+: "
+    ) as error:
         loader.next_step()
+    assert setting.partition("=")[0] in RunConfig().to_flat()
+    assert ("template qwen_2" in str(error.value)) or word == "bad"
     loader.close()
 
 
@@ -151,10 +162,43 @@ def test_counts_survive_a_resume(broken, qwen, processor):
         loader.close()
 
 
-def test_small_runs_are_not_stopped_by_one_bad_sample():
-    quarantine = Quarantine(BadSamplePolicy())
-    quarantine.counts["bad"] = 10
-    quarantine.check(20)
-    quarantine.counts["bad"] = 11
+@pytest.mark.parametrize(
+    ("num_samples", "allowed"), [(8, 0), (10, 0), (99, 0), (100, 1), (300, 3), (999, 9), (1000, 10), (10_000_000, 10)]
+)
+def test_a_share_is_one_of_the_whole_set_where_that_is_small(num_samples, allowed):
+    """Allowed bad samples among the first ones consumed; the share is 1 %."""
+    quarantine = Quarantine(BadSamplePolicy(min_samples=samples_for_a_share(num_samples)))
+    consumed = min(num_samples, 4)
+    quarantine.counts["bad"] = allowed
+    quarantine.check(consumed)
+    quarantine.counts["bad"] += 1
     with pytest.raises(TooManyBadSamplesError):
-        quarantine.check(20)
+        quarantine.check(consumed)
+
+
+def test_later_the_share_is_one_of_what_was_consumed():
+    quarantine = Quarantine(BadSamplePolicy(min_samples=samples_for_a_share(10_000_000)))
+    quarantine.counts["bad"] = 50_000
+    quarantine.check(5_000_000)
+    with pytest.raises(TooManyBadSamplesError, match="50000 of 4999999"):
+        quarantine.check(4_999_999)
+
+
+def test_an_exact_share_is_allowed():
+    """0.29 * 100 is below 29 in floating point."""
+    quarantine = Quarantine(BadSamplePolicy(max_bad_share=0.29, min_samples=samples_for_a_share(100)))
+    quarantine.counts["bad"] = 29
+    quarantine.check(100)
+
+
+@pytest.mark.parametrize("num_samples", [8, 10])
+def test_a_small_set_of_broken_samples_stops(toy, qwen, processor, num_samples):
+    """As a run builds its limits."""
+    (toy / "data.json").write_text(json.dumps([{"id": i, "conversations": "none"} for i in range(num_samples)]))
+    dataset = RossDataset(toy / "data.json", toy / "images", qwen, "qwen_2", processor, 16, 512)
+    order = SampleOrder(num_samples)
+    loader = RossLoader(dataset, order, global_batch_size=2, micro_batch_size=1,
+                        bad_samples=bad_sample_limits(RunConfig(), order))  # fmt: skip
+    with pytest.raises(TooManyBadSamplesError, match=r"2 of 2 samples are bad.*max_bad_sample_share=0\.01"):
+        loader.next_step()
+    loader.close()

@@ -13,6 +13,15 @@ def test_token_mean_is_one_mean_over_the_global_batch() -> None:
     assert (scales.lm, scales.recon) == (1 / 40, 2 / 5)
 
 
+def test_both_losses_have_weights() -> None:
+    counts = BatchCounts(supervised_tokens=40, images=5, image_slots=5)
+    plain, weighted = token_mean_scales(counts, 3.0), token_mean_scales(counts, 3.0, 0.25)
+    assert (weighted.lm, weighted.recon) == (plain.lm / 4, plain.recon)
+    plain, weighted = reference_scales(counts, 2, 4, 3.0), reference_scales(counts, 2, 4, 3.0, 0.25)
+    assert (weighted.lm, weighted.recon) == (plain.lm / 4, plain.recon)
+    assert token_mean_scales(counts, 1.0, 0.0).lm == reference_scales(counts, 2, 4, 1.0, 0.0).lm == 0
+
+
 def test_empty_sets_weigh_nothing() -> None:
     scales = token_mean_scales(BatchCounts(supervised_tokens=0, images=0), 1.0)
     assert (scales.lm, scales.recon) == (0.0, 0.0)

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from megatron_ross.config.model import RossModelConfig
-from megatron_ross.config.schema import LossConfig, TrainabilityConfig
+from megatron_ross.config.schema import LossConfig, RunConfig, TrainabilityConfig
 from megatron_ross.models.denoiser import RossDenoiser
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.projector import build_projector
@@ -35,7 +35,10 @@ from megatron_ross.planner.flops import (
     tower_flops,
     vae_encoder_flops,
 )
-from megatron_ross.planner.workload import Work, causal_pairs
+from megatron_ross.planner.hardware import GPUS
+from megatron_ross.planner.search import plan_run
+from megatron_ross.planner.timing import CostModel
+from megatron_ross.planner.workload import Work, causal_pairs, default_workload
 from tests.helpers.golden import MODELS, model_config
 
 TOLERANCE = 0.02
@@ -177,3 +180,16 @@ def test_passes_of_the_denoiser_follow_the_objective_and_the_weight() -> None:
     model, work = model_config("llama_clip"), Work(50, 1275, 10, 2, 2)
     off = module_flops(model, STAGE_2, work, 0)
     assert off["denoiser"].total == off["vae"].total == 0
+
+
+def test_without_a_language_loss_the_planner_counts_no_head() -> None:
+    model = model_config("qwen2_siglip")
+    with_head, without = (
+        plan_run(RunConfig.from_flat({"lm_loss_weight": weight}), model, 1, GPUS["h100"]) for weight in (1, 0)
+    )
+    costs = [CostModel(model, plan.run, GPUS["h100"], default_workload(plan.run)) for plan in (with_head, without)]
+    assert [cost.letters()["H"].total > 0 for cost in costs] == [True, False]
+    assert costs[1].microbatch == dataclasses.replace(costs[0].microbatch, supervised_tokens=0)
+    assert without.time.total < with_head.time.total
+    assert without.peak_memory.activations < with_head.peak_memory.activations
+    assert without.peak_memory.optimizer < with_head.peak_memory.optimizer

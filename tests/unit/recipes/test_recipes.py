@@ -206,3 +206,49 @@ def test_layout_overlays_change_only_how_the_model_is_laid_out() -> None:
     allowed = {f.name for section in ("parallel", "compute") for f in dataclasses.fields(getattr(RunConfig(), section))}
     for path in (EXAMPLES / "layouts").glob("*.yaml"):
         assert set(yaml.safe_load(path.read_text())) <= allowed | {"micro_batch_size"}, path.name
+
+
+IMAGES = EXAMPLES / "images" / "tune_siglip_qwen2.yaml"
+
+
+def load_images(cluster: str) -> RunConfig:
+    files = [EXAMPLES / "shared" / "images.yaml", IMAGES, EXAMPLES / "layouts" / f"{cluster}-stage1.yaml"]
+    return parse_run_config([word for file in files for word in ("--config", str(file))])
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_recipe_for_images_alone_trains_the_denoiser_and_fits(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = load_images(cluster), model_of(EXAMPLES / "ross" / "finetune_siglip_qwen2.yaml")
+    assert (run.loss.lm_loss_weight, run.loss.recon_loss_weight) == (0, 1)
+    after = load(EXAMPLES / "ross" / "finetune_siglip_qwen2.yaml")  # images and prompts as the start has seen them
+    assert run.training.init_from == f"{after.training.save}/checkpoints"
+    assert (run.data.template, run.data.image_aspect_ratio) == (after.data.template, after.data.image_aspect_ratio)
+    assert run.training.save == run.training.load
+    world_size, gpu_name = CLUSTERS[cluster]
+    monkeypatch.chdir(tmp_path)
+    Path(run.data.image_folder).mkdir(parents=True)
+    Path(run.data.data_path).touch()
+    validate_run(run, world_size)
+    layout = resolve_layout(run, model, world_size)
+    parameters = [p for spec in layout.stages for p in stage_parameters(model, run, layout, spec)]
+    assert {p.part for p in parameters if p.trainable} == {"denoiser"}
+    plan = plan_run(run, model, world_size, GPUS[gpu_name])
+    assert plan.fits
+    stage_1 = plan_run(
+        load(EXAMPLES / "ross" / "pretrain_siglip_qwen2.yaml", cluster), model, world_size, GPUS[gpu_name]
+    )
+    assert plan.samples_per_second > stage_1.samples_per_second  # although a sample has more text
+
+
+@pytest.mark.distributed
+def test_without_a_language_loss_stages_hold_what_the_planner_says() -> None:
+    """The recipe, and the same with a language model that is trained, whose LM head is not."""
+    model = model_of(IMAGES)
+    flat = load_images("8xh100").to_flat() | {"global_batch_size": 8, "micro_batch_size": 1}
+    trained = flat | {"freeze_language_model": False, "pipeline_model_parallel_size": 4, "layout": "auto"}
+    cases: list[Case] = [(RunConfig.from_flat(f), model, 8, rank) for f in (flat, trained) for rank in (0, 7)]
+    for case, stages in zip(cases, run_ranks(built_by_ranks, 1, cases)[0], strict=True):
+        predicted = predicted_sizes(*case)
+        assert [trained_then_frozen(s) for s in stages] == [trained_then_frozen(s) for s in predicted]

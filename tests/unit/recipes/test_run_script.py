@@ -34,6 +34,12 @@ def test_one_machine(tmp_path: Path) -> None:
     ]
 
 
+def test_images_alone_use_the_layout_of_stage_1(tmp_path: Path) -> None:
+    words = run(tmp_path, "images/tune_siglip_qwen2", "8xh100").stdout.split()
+    files = ("shared/images.yaml", "images/tune_siglip_qwen2.yaml", "layouts/8xh100-stage1.yaml")
+    assert words[4:] == [word for file in files for word in ("--config", f"examples/{file}")]
+
+
 def test_several_machines(tmp_path: Path) -> None:
     machines = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "10.0.0.1"}
     words = run(tmp_path, "ross/finetune_siglip_qwen2", "64xh100", **machines).stdout.split()
