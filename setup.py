@@ -36,6 +36,7 @@ INSTALL_REQUIRES = [
     "jsonargparse[signatures]>=4.41,<5",
     "pyyaml>=6.0.2",
     "numpy>=2.1,<3",
+    "pyarrow>=18",
     "pillow>=12",
     "matplotlib>=3.10",
     "tensorboard>=2.20",
@@ -103,11 +104,20 @@ setup(
     packages=[
         *find_packages(include=["megatron_ross", "megatron_ross.*"]),
         *find_packages(where="kernels", include=["ross_kernels", "ross_kernels.*"]),
+        "megatron_ross.recipes",
     ],
-    package_dir={"ross_kernels": "kernels/ross_kernels"},
-    package_data={"megatron_ross": ["py.typed", "**/*.jinja", "**/*.json", "**/*.yaml"], "ross_kernels": ["py.typed"]},
+    # Recipes stay where people look for them, and are installed where `--config recipe:NAME` does (config/recipes.py).
+    package_dir={"ross_kernels": "kernels/ross_kernels", "megatron_ross.recipes": "examples"},
+    package_data={
+        "megatron_ross": ["py.typed", "**/*.jinja", "**/*.json", "**/*.yaml"],
+        "megatron_ross.recipes": [f"{folder}/*.yaml" for folder in ("ross", "llava", "shared", "layouts")],
+        "ross_kernels": ["py.typed"],
+    },
     install_requires=INSTALL_REQUIRES,
-    entry_points={"lmms_eval.models": ["megatron_ross = megatron_ross.evaluation.lmms_eval.manifest:manifest"]},
+    entry_points={
+        "console_scripts": ["megatron-ross = megatron_ross.cli.main:main"],
+        "lmms_eval.models": ["megatron_ross = megatron_ross.evaluation.lmms_eval.manifest:manifest"],
+    },
     extras_require=EXTRAS_REQUIRE,
     classifiers=[
         "Intended Audience :: Science/Research",

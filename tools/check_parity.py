@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    from megatron_ross.platform import quieten
+    from megatron_ross.parity.command_line import main
 
-    quieten()
-    from megatron_ross.parity.main import main
-
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,10 +1,10 @@
-"""Hugging Face checkpoints -> a Megatron checkpoint that every parallel layout can load. See docs/checkpoints.md."""
+"""Hugging Face checkpoints -> a Megatron checkpoint: `megatron-ross import`. See docs/checkpoints.md."""
 
 from __future__ import annotations
 
 import sys
 
-from megatron_ross.convert.cli import import_checkpoint, run
+from megatron_ross.cli.import_checkpoint import main
 
 if __name__ == "__main__":
-    run(import_checkpoint, sys.argv[1:])
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on benchmarks, with built-in evaluators, lmms-eval or VLMEvalKit. See docs/evaluation.md.
+"""Evaluate a checkpoint on benchmarks: `megatron-ross evaluate`. See docs/evaluation.md.
 
 python tools/evaluate.py --checkpoint runs/NAME --tasks gqa,mmlu --output results
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ross.evaluation.main import main
+from megatron_ross.cli.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,7 +43,7 @@ install_vllm() {
     release=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torchvision"))') || return
     pip uninstall --yes torchaudio torchcodec torchvision || return
     pip install --no-deps --upgrade --target "$vision" "torchvision==$release" || return
-    PYTHONPATH="$vision" "$venv/bin/python" -c 'import torchvision' 2>/dev/null || sed -i.bak -E \
+    PYTHONPATH="$vision" "$venv/bin/python" -c 'import torchvision' 2>/dev/null || sed -i -E \
         's/^@torch\.library\.register_fake\("torchvision::q?nms"\)/# &/' \
         "$vision/torchvision/_meta_registrations.py" || return
     PYTHONPATH="$vision" "$venv/bin/python" -c 'import vllm' >/dev/null

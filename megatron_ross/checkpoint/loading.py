@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ross.checkpoint.agreement import CheckpointError, raise_together
@@ -86,10 +85,12 @@ def load_checkpoint(
     path: Path,
     stages: list[RossStage],
     optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
     groups: ParallelGroups,
 ) -> tuple[Manifest, dict[str, Any]]:
-    """Load weights, optimizer and schedule; returns the manifest and what was saved as `progress`.
+    """Load weights and optimizer; returns the manifest and what was saved as `progress`.
+
+    Checkpoints of earlier versions hold a learning-rate schedule, too. It is not read: the settings of the run that
+    starts say what its schedule is.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint holds weights only.
@@ -101,7 +102,6 @@ def load_checkpoint(
     state = _load({"optimizer": optimizer_state}, directory)
     if "progress" not in state:
         raise CheckpointError(f"{directory} holds weights only; start from it with init_from instead of load")
-    scheduler.load_state_dict(state["scheduler"])
     # A rank that trains nothing asked for no optimizer state, and got none.
     load_optimizer_state(optimizer, model_state, state.get("optimizer", {}), state["progress"]["num_updates"])
     return Manifest.read(directory), state["progress"]

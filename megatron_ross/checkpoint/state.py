@@ -1,4 +1,4 @@
-"""What a training checkpoint holds: weights, optimizer, schedule and progress, as one sharded state."""
+"""What a training checkpoint holds: weights, optimizer and progress, as one sharded state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ross.checkpoint.agreement import raise_together
 from megatron_ross.checkpoint.model_state import model_sharded_state, without_tied_copy
@@ -26,7 +25,6 @@ def merged_model_state(stages: list[RossStage]) -> ShardedStateDict:
 def training_state(
     stages: list[RossStage],
     optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
     progress: dict[str, Any],
     groups: ParallelGroups,
     *,
@@ -47,7 +45,6 @@ def training_state(
     return {
         **(_trainable(stored) if trainable_only else stored | _absent_vae(source, stages)),
         "optimizer": optimizer_sharded_state(optimizer, model_state, groups.dp, is_loading=False),
-        "scheduler": scheduler.state_dict(),
         "progress": progress,
     }
 

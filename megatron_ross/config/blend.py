@@ -76,7 +76,9 @@ def _source(entry: dict[str, Any], prefix: str) -> DataSource:
                 f"{prefix}{key}={shown(value)}: must be at most {MAX_SHARES[key]:g}, because an epoch would have no end"
             )
     if not entry.get("data_path"):
-        raise ValueError(f"{prefix}data_path={entry.get('data_path', '')!r}: name the source's JSON, JSONL or tar file")
+        raise ValueError(
+            f"{prefix}data_path={entry.get('data_path', '')!r}: name the source's JSON, JSONL, parquet or tar file"
+        )
     given = [key for key in ("weight", "epochs") if key in entry]
     if len(given) != 1:
         found = " and ".join(f"{key}={entry[key]}" for key in given) or "neither weight nor epochs"

@@ -52,6 +52,7 @@ class VisionConfig:
     image_aspect_ratio: str = "pad"  # "pad" or "square"
     resample: str = "bicubic"  # "bilinear", "bicubic" or "lanczos", as Pillow has them
     do_center_crop: bool | None = None  # None: as the family does: CLIP crops the centre, SigLIP stretches
+    image_conversion: str = "published"  # or "viewer", see DataConfig.image_conversion; older checkpoints do not say
 
     @property
     def model_type(self) -> str:
@@ -84,9 +85,13 @@ class VisionConfig:
         """True if the shorter side is resized and the centre cut out, False if the image is stretched to a square."""
         return self.model_type == "clip_vision_model" if self.do_center_crop is None else self.do_center_crop
 
-    def shown(self, image_aspect_ratio: str | None) -> VisionConfig:
-        """The tower with images that become square in another way; None: as they do already."""
-        return dataclasses.replace(self, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio)
+    def shown(self, image_aspect_ratio: str | None, image_conversion: str | None) -> VisionConfig:
+        """The tower with images that become square and RGB in another way; None: as they do already."""
+        return dataclasses.replace(
+            self,
+            image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio,
+            image_conversion=image_conversion or self.image_conversion,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class RossModelConfig:
     @property
     def same_tensors(self) -> RossModelConfig:
         """The model without what a run may set: equal for checkpoints whose tensors fit each other."""
-        vision = self.vision.shown("pad")
+        vision = self.vision.shown("pad", "published")
         denoiser = dataclasses.replace(self.denoiser, objective="denoise") if self.denoiser else None
         return dataclasses.replace(self, vision=vision, denoiser=denoiser)
 

@@ -146,6 +146,8 @@ def _check_vision(vision: VisionConfig) -> None:
         raise _wrong("vision.resample", vision.resample, "one of " + ", ".join(map(repr, RESAMPLE_FILTERS)))
     if not isinstance(vision.do_center_crop, bool | None):
         raise _wrong("vision.do_center_crop", vision.do_center_crop, "true, false or null")
+    if vision.image_conversion not in ("viewer", "published"):
+        raise _wrong("vision.image_conversion", vision.image_conversion, "'viewer' or 'published'")
 
 
 def _check_projector(projector: ProjectorConfig) -> None:

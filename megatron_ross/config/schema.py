@@ -60,23 +60,32 @@ class ComputeConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How FP8 scales are found: from past maxima, from this tensor's, or per block of it."""
     fp8_margin: int = 0
+    """`delayed`: scales leave this many powers of two between the largest value and the format's limit."""
     fp8_amax_history_len: int = 1
     """`delayed`: how many past maxima a scale looks at."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """`delayed`: take the newest of these maxima, or the largest."""
     fp8_wgrad: bool = True
     """`delayed`: false computes weight gradients in bf16."""
     first_last_layers_bf16: bool = False
     """Keep decoder layers at both ends out of FP8."""
     num_layers_at_start_in_bf16: int = 1
+    """With first_last_layers_bf16: how many of the first layers."""
     num_layers_at_end_in_bf16: int = 1
+    """With first_last_layers_bf16: how many of the last layers."""
     gradient_accumulation_fusion: bool = False
     """Weight-gradient products add to the fp32 gradient buffer directly."""
     lm_head_chunk_tokens: int = 4096
     """Most supervised tokens of a microbatch whose logits exist at the same time; beyond, the LM head goes chunk by
     chunk and computes its logits again in the backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute activations again in the backward pass instead of keeping them: those of whole layers, or of some
+    modules."""
     recompute_method: Literal["uniform", "block"] | None = None
+    """`full`: `uniform` recomputes groups of recompute_num_layers, `block` only the first recompute_num_layers of a
+    stage."""
     recompute_num_layers: int | None = None
+    """`full`: layers in a group (uniform), or recomputed layers of each stage (block)."""
     recompute_modules: list[str] | None = None
     """What `selective` computes again: core_attn, mlp; None is Megatron's [core_attn]."""
 
@@ -86,11 +95,13 @@ class TrainabilityConfig:
     """What is trained. Defaults are stage 2; stage 1 sets `freeze_language_model: true`."""
 
     freeze_language_model: bool = False
+    """Freeze embedding, decoder layers, final norm and LM head."""
     freeze_mm_mlp_adapter: bool = False
     """Freeze the projector."""
     freeze_mm_inv_projector: bool = False
     """Freeze the denoiser."""
     unfreeze_mm_vision_tower: bool = False
+    """Train the vision tower, too."""
     train_denoiser_position_table: bool | None = None
     """The sin-cos table: None trains it exactly when the language model is frozen, as the published stage 1."""
 
@@ -112,6 +123,7 @@ class LossConfig:
     num_noise_draws: int = 4
     """K: independent (timestep, noise) draws per image; `regress` draws nothing."""
     seed: int = 42
+    """Of the order of samples and of all noise."""
 
     @property
     def supervises_text(self) -> bool:
@@ -133,19 +145,32 @@ class OptimizerSettings:
     optimizer_impl: Literal["auto", "transformer_engine", "apex", "torch"] = "auto"
     """Whose fused AdamW; `auto` takes the first of them that is installed and runs here."""
     lr: float = 1e-3
+    """Highest learning rate, of every part that has none of its own."""
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
     mm_projector_lr: float | None = None
+    """Learning rate of the projector; None is lr."""
     mm_inv_projector_lr: float | None = None
+    """Learning rate of the denoiser; None is lr."""
     mm_vision_tower_lr: float | None = None
+    """Learning rate of the vision tower, where it is trained; None is lr."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from lr to min_lr after the warm-up."""
     lr_warmup_fraction: float | None = 0.03
-    """Share of the steps with rising learning rate, from 0; rounded up."""
+    """Share of the steps with rising learning rate, from 0; rounded up. Where batch sizes change: of the samples."""
     lr_warmup_iters: int | None = None
     """The same as a number of steps; overrides lr_warmup_fraction."""
+    lr_continue: Literal["constant", "rewarm", "schedule"] | None = None
+    """The learning rate of a run that had ended and is made longer: `constant` is lr all the time, `rewarm` a new
+    warm-up and decay over what is left, `schedule` what a run of the whole length has there. None refuses to go on."""
     weight_decay: float = 0.0
+    """AdamW's, of matrices; not of biases and norms."""
     adam_beta1: float = 0.9
+    """Decay of the running mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of the running mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 0.0
     """Clip gradients to this global norm; 0 does not clip, as the published recipes."""
     skip_nonfinite_steps: int = 0
@@ -160,7 +185,8 @@ class DataConfig:
     """Where samples come from and how they are batched."""
 
     data_path: str = ""
-    """LLaVA-format JSON or JSONL, or WebDataset tars ("shards/{000000..000099}.tar"); local, or a URL of fsspec."""
+    """JSON or JSONL, parquet, or WebDataset tars ("shards/{000000..000099}.tar"), with records of the forms in
+    docs/data.md; local, or a URL of fsspec."""
     image_folder: str = ""
     """Where the image names of a JSON file start."""
     allow_image_symlinks: bool = False
@@ -176,10 +202,14 @@ class DataConfig:
     """Instead of valid_data_path: share of the training samples (of every source of a blend) that is held out for
     validation and never trained on; the same ones whatever the seed."""
     template: Literal["plain", "qwen_2", "v1", "llama3"] = "qwen_2"
+    """How conversations become text: `plain` (captions, stage 1), `qwen_2`, `v1` (Vicuna) or `llama3`; it must fit
+    the tokenizer."""
     seq_length: int = 2048
     """Longest sample in tokens, images included; longer ones are truncated."""
     micro_batch_size: int = 1
+    """Samples (or packs) of one forward pass on one data-parallel rank."""
     global_batch_size: int = 8
+    """Samples (or packs) of one optimizer step, over all ranks."""
     group_by_modality_length: bool = False
     """Order samples by modality and length as the published sampler does; otherwise a plain shuffle."""
     packing: bool = False
@@ -189,8 +219,12 @@ class DataConfig:
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """How an image becomes square: `pad` in the mean colour, or `square`, by the tower's own processor (CLIP's crops
     the centre, SigLIP's stretches). None is the checkpoint's; the run's checkpoints keep what it was trained with."""
+    image_conversion: Literal["viewer", "published"] | None = None
+    """How an image file becomes 8-bit RGB: as a viewer shows it (16-bit and float scaled, transparency on white, EXIF
+    orientation), or as `published`, which clips, drops and ignores these. None is `viewer`, but a run that resumes
+    goes on with what its checkpoint was trained with; the run's checkpoints keep it."""
     image_decoder: Literal["pillow", "dali"] = "pillow"
-    """`pillow` is exactly the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
+    """`pillow` resizes exactly as the published preprocessing; `dali` is NVIDIA DALI, on the GPU where there is one."""
     latent_cache: str = ""
     """Folder of VAE moments that tools/cache_latents.py wrote: training reads them and loads no VAE."""
     num_workers: int = 4
@@ -211,6 +245,7 @@ class TrainingConfig:
     train_iters: int | None = None
     """Optimizer steps; None trains `num_epochs`."""
     num_epochs: float = 1.0
+    """Passes over the data, unless train_iters is given; may be a fraction."""
     save: str = ""
     """Run folder; checkpoints go to <save>/checkpoints. Empty saves nothing."""
     save_interval: int | None = None
@@ -232,7 +267,9 @@ class TrainingConfig:
     verify_checkpoint: bool = False
     """Compare the files of the checkpoint to load with its checksums first."""
     log_interval: int = 10
+    """Print and log metrics every this many steps."""
     tensorboard: bool = True
+    """Write TensorBoard files to <save>/tensorboard."""
     wandb_project: str = ""
     """Log to Weights & Biases under this project; needs the extra `wandb`, and save, where the run's id is kept."""
     preemption_grace_seconds: float = 120.0

@@ -1,17 +1,14 @@
-"""Entry points of the two converters; `tools/` only parses their arguments."""
+"""Entry points of the two converters; `megatron_ross/cli` only parses their arguments."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 
+from megatron_ross.checkpoint.locate import megatron_checkpoint
 from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.config.model import DenoiserConfig, ProjectorConfig
 from megatron_ross.convert.exporter import export_adapters, export_ross
@@ -89,13 +86,13 @@ def export_checkpoint(
     """Convert a Megatron checkpoint into a Hugging Face folder.
 
     Args:
-        checkpoint: root of the checkpoint (newest iteration) or one iteration folder.
+        checkpoint: run folder, root of the checkpoint (newest iteration) or one iteration folder.
         output: folder to create.
         format: ross: the published composite; llava: stock transformers class; adapters: projector and denoiser files.
         dtype: dtype of the written tensors; `stored` changes nothing.
         templates: gives the chat template, see `export_llava`, which needs it.
     """
-    reader = open_checkpoint(checkpoint)
+    reader = open_checkpoint(megatron_checkpoint(checkpoint, "checkpoint"))
     target = None if dtype == "stored" else getattr(torch, dtype)
     if format == "ross":
         export_ross(reader, output, target, templates=templates)
@@ -108,34 +105,3 @@ def export_checkpoint(
             raise ValueError("the llava format needs chat templates: pass huggingface.chat_templates.chat_template")
         export_llava(reader, output, templates, target)
     print(f"wrote {output}")
-
-
-def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
-    """Parse `arguments` (both --vision-tower and --vision_tower are understood) and run the command.
-
-    Mistakes that the user can do something about end in one line on stderr and exit code 1.
-    """
-    with exit_with_message():
-        auto_cli(command, args=[_underscored(argument) for argument in arguments], as_positional=False)
-
-
-def _underscored(argument: str) -> str:
-    """Option names with underscores, as the parser has them; values stay as they are."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-@contextmanager
-def exit_with_message() -> Iterator[None]:
-    """Turn errors that the user can do something about into one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)

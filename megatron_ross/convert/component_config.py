@@ -126,6 +126,7 @@ def vision_config(
     image_std: tuple[float, ...],
     select_layer: int = -2,
     image_aspect_ratio: str = "pad",
+    image_conversion: str = "published",
 ) -> VisionConfig:
     """Config of a SigLIP or CLIP tower, alone or nested in the config of the full model -> ours.
 
@@ -159,6 +160,7 @@ def vision_config(
         image_std=image_std,  # type: ignore[arg-type]
         select_layer=select_layer,
         image_aspect_ratio=image_aspect_ratio,
+        image_conversion=image_conversion,
     )
 
 

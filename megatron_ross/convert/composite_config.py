@@ -162,7 +162,7 @@ def _tower(fields: Fields, stored: _Stored, vision_dir: Path | None) -> VisionCo
     ratio = fields.choice("image_aspect_ratio", ("pad", "square"), "square")
     preprocessor = stored_preprocessor(stored.directory) or (stored_preprocessor(vision_dir) if vision_dir else None)
     mean, std = _statistics(fields, preprocessor, values)
-    vision = vision_config(values, where, mean, std, select_layer, ratio)
+    vision = vision_config(values, where, mean, std, select_layer, ratio, _conversion(fields))
     if fields.has("image_resample"):  # our exports, where the processor's file does not tell
         return with_processing(
             vision, fields.choice("image_resample", RESAMPLE_FILTERS), fields.boolean("image_do_center_crop")
@@ -192,6 +192,10 @@ def _tower_values(fields: Fields, stored: _Stored, vision_dir: Path | None) -> t
             "--vision-tower"
         )
     return known, f"built-in config of the tower with the sizes of {name}"
+
+
+def _conversion(fields: Fields) -> str:
+    return fields.choice("image_conversion", ("published", "viewer"), "published")
 
 
 def _statistics(
@@ -291,6 +295,7 @@ def _llava_config(fields: Fields, checkpoint_dir: Path) -> RossModelConfig:
         std,
         fields.integer("vision_feature_layer", -1024, 1024, -2),
         fields.choice("image_aspect_ratio", ("pad", "square"), default_ratio),
+        _conversion(fields),
     )
     vision = preprocessed(vision, preprocessor, preprocessor_file)
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"

@@ -114,10 +114,10 @@ def write_weights(directory: Path, export: TensorExport, max_shard_bytes: int = 
 
 
 def with_progress(data: Iterator[tuple[str, Tensor]], bar: tqdm[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on and count their bytes once they have been used."""
+    """Pass tensors on and count their bytes; those of the last one, too, which nobody comes back from."""
     for name, tensor in data:
-        yield name, tensor
         bar.update(tensor.nbytes)
+        yield name, tensor
 
 
 def export_ross(

@@ -57,6 +57,7 @@ def llava_config(manifest: Manifest, token_ids: dict[str, Any], image_token_id: 
         "image_token_index": image_token_id,
         "image_seq_length": model.vision.num_image_tokens,
         "image_aspect_ratio": model.vision.image_aspect_ratio,
+        "image_conversion": model.vision.image_conversion,  # read by this project; stock processors know one way only
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": model.vision.select_layer,

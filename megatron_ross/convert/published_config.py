@@ -4,7 +4,8 @@ A checkpoint that came from a composite keeps its config unchanged. One that cam
 model's fields plus those that the published code adds. Both get three fields of ours (`vision_config`, `vae_config`,
 `mm_inv_projector_width`), which the published code ignores and which make the folder self-contained. A denoiser that
 regresses latents says so in a fourth, `mm_inv_projector_objective`; a tower whose layer, filter or crop the published
-code would not use, in `vision_feature_layer`, `image_resample` and `image_do_center_crop`.
+code would not use, in `vision_feature_layer`, `image_resample` and `image_do_center_crop`; a model that saw
+other pixels than the published ones, in `image_conversion`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_ross.convert.sources import GENERATION_FILES, SOURCE_CONFIG
 
 ARCHITECTURES = {"qwen2": "RossQwen2ForCausalLM", "llama": "RossLlamaForCausalLM"}
 _TOKENIZER_MAX_LENGTH = 2048
-_OUR_VISION_FIELDS = ("vision_feature_layer", "image_resample", "image_do_center_crop")
+_OUR_VISION_FIELDS = ("vision_feature_layer", "image_resample", "image_do_center_crop", "image_conversion")
 
 
 def published_config(manifest: Manifest, assets: Path, dtype: str) -> dict[str, Any]:
@@ -68,6 +69,9 @@ def _vision_fields(vision: VisionConfig, assets: Path) -> dict[str, Any]:
         "vision_feature_layer": vision.select_layer if fixed else None,
         "image_resample": None if said else vision.resample,
         "image_do_center_crop": None if said else vision.crops,
+        "image_conversion": None
+        if vision.image_conversion == VisionConfig.image_conversion
+        else vision.image_conversion,
     }
 
 

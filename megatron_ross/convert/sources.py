@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import list_repo_files, snapshot_download
 
+from megatron_ross.checkpoint.locate import unreachable_hub
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
 from megatron_ross.convert.hf_io import WEIGHT_NAMES
@@ -70,6 +71,8 @@ def resolve_source(name: str, subfolder: str | None = None, weights: bool = True
 def _download(name: str, subfolder: str | None, weights: bool) -> Path:
     """The needed files of a hub model; without network, what an earlier download has left in the cache."""
     try:
+        if reason := unreachable_hub():  # the library itself would try for half a minute
+            raise ConnectionError(reason)
         wanted = wanted_files(list_repo_files(name), subfolder, weights)
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the library has many error classes: network, rights, unknown id, ...
@@ -77,7 +80,9 @@ def _download(name: str, subfolder: str | None, weights: bool) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except Exception:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"cannot download {name}: {type(error).__name__}: {reason}") from error
+            raise ValueError(
+                f"{name}: no such folder, and as a hub id it cannot be downloaded: {type(error).__name__}: {reason}"
+            ) from error
 
 
 def wanted_files(files: Sequence[str], subfolder: str | None, weights: bool) -> list[str]:

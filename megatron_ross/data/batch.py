@@ -23,6 +23,7 @@ class ImageSpan:
     reconstruct: bool = True  # False: the image is seen by the language model but not reconstructed
     read_bytes: Callable[[], bytes] | None = None  # the undecoded file, for decoders that do more than one at a time
     name: str = ""  # record and file, for messages
+    stamp: Callable[[], str] | None = None  # the state of the file, found without reading it: see `Source.image_stamp`
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RossSample:
     labels: Tensor
     images: tuple[ImageSpan, ...] = ()
     mismatch: bool = False  # tokenisation mismatch: every label is masked, as published
+    lacks_images: bool = False  # its text says <image>, but the record brings none
     num_images_cut: int = 0  # images that `max_length` left no room for; the sequence ends before the first of them
 
 

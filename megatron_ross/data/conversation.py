@@ -5,6 +5,8 @@ answer) again and adding up lengths, because that is what defines the published 
 up ("tokenization mismatch") the sample is masked completely and flagged. `reference=True` reproduces the published
 labels bit by bit; otherwise three flaws are mended: the last `<|im_end|>` of `qwen_2` is supervised, a literal padding
 token in a text is no mismatch, and several images per turn keep their number.
+
+A record's own system text (a first turn from "system") stands in place of the template's.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _SYSTEM = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
+_NO_SYSTEM = "template 'plain' has no place for a system text"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def encode_conversation(
     """Token ids and labels of one conversation.
 
     Args:
-        turns: the record's turns. A leading answer is dropped, as published.
+        turns: the record's turns, perhaps with a system text in front. A leading answer is dropped, as published.
         template: one of TEMPLATES.
         num_images: images of the record; 0 leaves `<image>` ordinary text (except in `plain`, as published).
         max_length: text-only samples are cut here; longer samples are not checked for mismatches (as published).
@@ -76,11 +79,12 @@ def encode_conversation(
     """
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    system, turns = split_system(turns)
     if num_images:
         turns = [Turn(t.role, normalise_placeholders(t.text, num_images, reference)) for t in turns]
     if not supervise and template == "plain" and len(turns) == 1:
         turns = [*turns, Turn("gpt", "")]
-    encoded = TEMPLATES[template](turns, tokenizer, num_images > 0, max_length, reference)
+    encoded = TEMPLATES[template](turns, system, tokenizer, num_images > 0, max_length, reference)
     if supervise:
         return encoded
     return EncodedConversation(encoded.input_ids, [IGNORE_LABEL] * len(encoded.labels))
@@ -97,16 +101,25 @@ def encode_question(turns: Sequence[Turn], template: str, tokenizer: TextTokeniz
     """
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    system, turns = split_system(turns)
     question = first_question(turns)
     if num_images:
         question = normalise_placeholders(question, num_images, reference=False)
+    if template == "plain" and system is not None:
+        raise ConversationError(_NO_SYSTEM)
     if template == "plain":
         prompt = IMAGE_PLACEHOLDER * question.count(IMAGE_PLACEHOLDER)
     elif template == "llama3":
-        prompt = "".join(llama3_rounds([question, None]))
+        prompt = "".join(llama3_rounds([question, None], system))
     else:
-        prompt = chat_prompt([question, None], *{"v1": _V1, "qwen_2": _QWEN_2}[template])
+        own, end_token = {"v1": _V1, "qwen_2": _QWEN_2}[template]
+        prompt = chat_prompt([question, None], own if system is None else system, end_token)
     return tokenizer.encode_with_images(prompt) if num_images else tokenizer.encode(prompt)
+
+
+def split_system(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
+    """The system text of a record, None if it has none, and the other turns."""
+    return (turns[0].text, turns[1:]) if turns and turns[0].role == "system" else (None, turns)
 
 
 def first_question(turns: Sequence[Turn]) -> str:
@@ -143,9 +156,16 @@ def _alternate(turns: Sequence[Turn]) -> list[str]:
 
 
 def _encode_plain(
-    turns: Sequence[Turn], tokenizer: TextTokenizer, has_image: bool, max_length: int, reference: bool
+    turns: Sequence[Turn],
+    system: str | None,
+    tokenizer: TextTokenizer,
+    has_image: bool,
+    max_length: int,
+    reference: bool,
 ) -> EncodedConversation:
     """`<image>` + caption + newline; the human text is dropped, everything after the placeholder is supervised."""
+    if system is not None:
+        raise ConversationError(_NO_SYSTEM)
     if len(turns) != 2:
         raise ConversationError(f"template 'plain' takes a question and a caption, found {len(turns)} turns")
     if IMAGE_PLACEHOLDER not in turns[0].text:
@@ -182,7 +202,12 @@ def _rounds(prompt: str, separator: str, mark: str) -> list[tuple[str, str]]:
 
 
 def _encode_v1(
-    turns: Sequence[Turn], tokenizer: TextTokenizer, has_image: bool, max_length: int, reference: bool
+    turns: Sequence[Turn],
+    system: str | None,
+    tokenizer: TextTokenizer,
+    has_image: bool,
+    max_length: int,
+    reference: bool,
 ) -> EncodedConversation:
     """Vicuna: rounds end with `</s>`, which is supervised.
 
@@ -190,7 +215,7 @@ def _encode_v1(
     every round. Later rounds of a sentencepiece-style tokenizer lose the implicit blank that only the text's first word
     gets (unless `legacy`). An instruction's last blank joins the answer's first word.
     """
-    prompt = chat_prompt(_alternate(turns), *_V1)
+    prompt = chat_prompt(_alternate(turns), _V1[0] if system is None else system, _V1[1])
     if has_image and IMAGE_PLACEHOLDER not in prompt:
         raise ConversationError("the record has an image but no turn says <image>")
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
@@ -205,7 +230,12 @@ def _encode_v1(
 
 
 def _encode_qwen_2(
-    turns: Sequence[Turn], tokenizer: TextTokenizer, has_image: bool, max_length: int, reference: bool
+    turns: Sequence[Turn],
+    system: str | None,
+    tokenizer: TextTokenizer,
+    has_image: bool,
+    max_length: int,
+    reference: bool,
 ) -> EncodedConversation:
     """Qwen2: rounds end with `<|im_end|>`; a round after the first begins with the previous round's end token.
 
@@ -213,7 +243,7 @@ def _encode_qwen_2(
     one by default: the blank in front of an answer where it does not join the first word (digits), and the last end
     token of the conversation.
     """
-    prompt = chat_prompt(_alternate(turns), *_QWEN_2)
+    prompt = chat_prompt(_alternate(turns), _QWEN_2[0] if system is None else system, _QWEN_2[1])
     ids, encode = _encode_prompt(prompt, tokenizer, has_image, max_length)
     spans, cursor = [], 0
     for i, (text, instruction) in enumerate(_rounds(prompt, END_TOKENS["qwen_2"], _ANSWER_MARK)):
@@ -231,10 +261,15 @@ def _encode_qwen_2(
 
 
 def _encode_llama3(
-    turns: Sequence[Turn], tokenizer: TextTokenizer, has_image: bool, max_length: int, reference: bool
+    turns: Sequence[Turn],
+    system: str | None,
+    tokenizer: TextTokenizer,
+    has_image: bool,
+    max_length: int,
+    reference: bool,
 ) -> EncodedConversation:
-    """Llama-3 headers, no system text; an answer and its `<|eot_id|>` are supervised."""
-    rounds = llama3_rounds(_alternate(turns))
+    """Llama-3 headers, no system text but the record's; an answer and its `<|eot_id|>` are supervised."""
+    rounds = llama3_rounds(_alternate(turns), system)
     ids, encode = _encode_prompt("".join(rounds), tokenizer, has_image, max_length)
     mark = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     spans, cursor = [], 0
@@ -249,7 +284,7 @@ def _encode_llama3(
     return _label(ids, spans, cursor, len(ids), max_length)
 
 
-def llama3_rounds(texts: Sequence[str | None]) -> list[str]:
+def llama3_rounds(texts: Sequence[str | None], system: str | None = None) -> list[str]:
     """One string per question and answer. A None answer leaves its header open; a lone last question is a round."""
     rounds: list[str] = []
     for i, text in enumerate(texts):
@@ -259,6 +294,8 @@ def llama3_rounds(texts: Sequence[str | None]) -> list[str]:
             rounds[-1] += turn
         else:
             rounds.append(turn)
+    if system is not None:
+        rounds[0] = f"<|start_header_id|>system<|end_header_id|>\n\n{system}{END_TOKENS['llama3']}" + rounds[0]
     return rounds
 
 
@@ -293,7 +330,7 @@ def _label(ids: list[int], spans: list[_Span], cursor: int, expected: int, max_l
     return EncodedConversation(ids, labels)
 
 
-TEMPLATES: dict[str, Callable[[Sequence[Turn], TextTokenizer, bool, int, bool], EncodedConversation]] = {
+TEMPLATES: dict[str, Callable[[Sequence[Turn], str | None, TextTokenizer, bool, int, bool], EncodedConversation]] = {
     "plain": _encode_plain,
     "v1": _encode_v1,
     "qwen_2": _encode_qwen_2,

@@ -3,7 +3,8 @@
 The only file that imports DALI, an optional dependency. With a GPU, JPEG decoding runs on it ("mixed"), else everything
 runs on CPU threads outside Python. Only what DALI treats nearly as Pillow does goes through it: 8-bit RGB and grey JPEG
 and PNG files with an intact end that are not enlarged (Pillow clips overshoots between its two passes, DALI does not;
-that shows when enlarging). Everything else, and every file that DALI stumbles over, goes to Pillow one by one, which
+that shows when enlarging), and that no EXIF orientation turns and no transparency touches, unless `image_conversion`
+ignores both. Everything else, and every file that DALI stumbles over, goes to Pillow one by one, which
 also finds the words for what is wrong with a broken file.
 """
 
@@ -25,6 +26,7 @@ from megatron_ross.data.batch import ImageSpan
 from megatron_ross.data.decoders import PillowDecoder
 from megatron_ross.data.errors import ImageError
 from megatron_ross.data.images import MAX_PIXELS, ImageProcessor, check_scans
+from megatron_ross.data.rgb import is_plain
 
 _FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 64  # where an intact file's end mark must be; anything odd goes to Pillow
@@ -217,9 +219,10 @@ def plan_geometry(data: bytes, processor: ImageProcessor) -> _Geometry | None:
         with Image.open(io.BytesIO(data), formats=tuple(_FILE_ENDS)) as image:
             width, height = image.size
             kind, mode = image.format or "", image.mode
+            is_left_alone = processor.conversion == "published" or is_plain(image, data)
     except Exception:  # whatever is wrong, Pillow's path raises it again and names the file
         return None
-    if mode not in _MODES or _FILE_ENDS.get(kind, b"\0") not in data[-_TAIL_BYTES:]:
+    if mode not in _MODES or not is_left_alone or _FILE_ENDS.get(kind, b"\0") not in data[-_TAIL_BYTES:]:
         return None
     start, shape = (0, 0), (height, width)
     if processor.mode == "pad":

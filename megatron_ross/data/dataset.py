@@ -1,4 +1,4 @@
-"""LLaVA data set: record -> tokenised sample with images expanded to spans of placeholder tokens.
+"""A data set: record -> tokenised sample with images expanded to spans of placeholder tokens.
 
 Nothing is tokenised before it is asked for, and no image is decoded before `ImageSpan.load_pixels` is called, so that
 each rank decodes only the images it needs.
@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID, MAX_IMAGES_
 from megatron_ross.data.batch import ImageSpan, RossSample
 from megatron_ross.data.conversation import TEMPLATES, EncodedConversation, encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
-from megatron_ross.data.images import ImageProcessor, decode_image
-from megatron_ross.data.records import Record, parse_record, word_count
+from megatron_ross.data.formats import has_image, word_count
+from megatron_ross.data.images import ImageProcessor
+from megatron_ross.data.records import Record, parse_record
 from megatron_ross.data.sources import PathLike, Source, open_sources
 from megatron_ross.data.tokenizer import TextTokenizer
 
@@ -50,7 +52,7 @@ _ANY_LENGTH = 2**62
 
 
 class RossDataset:
-    """Random access to the samples of LLaVA JSON / JSONL files and WebDataset shards, one after the other."""
+    """Random access to the samples of JSON, JSONL and parquet files and WebDataset shards, one after the other."""
 
     def __init__(
         self,
@@ -68,8 +70,8 @@ class RossDataset:
     ):
         """
         Args:
-            json_path: JSON, JSONL or tar files; local paths or URLs; tar names may hold a range, "{000..099}.tar".
-            image_root: folder (or URL) that the records' `image` names start from; None if no JSON record has an image.
+            json_path: JSON, JSONL, parquet or tar files; local paths or URLs; names may hold a range, "{000..099}.tar".
+            image_root: folder (or URL) that the records' image names start from; None if no record names a file.
             tokenizer: a Hugging Face tokenizer or a TextTokenizer.
             template: one of `conversation.TEMPLATES`.
             num_image_tokens: tokens per image.
@@ -88,6 +90,8 @@ class RossDataset:
             raise ValueError(
                 f"seq_length={max_length}: must be positive, and so must the tokens of an image ({num_image_tokens})"
             )
+        self.name = ", ".join(map(str, [json_path] if isinstance(json_path, str | os.PathLike) else json_path))
+        """The files of its records, for messages."""
         self._image_root = image_root
         self._sources = open_sources(json_path, image_root, cache_folder, allow_image_symlinks)
         self._ends = list(itertools.accumulate(len(source) for source in self._sources))
@@ -120,6 +124,7 @@ class RossDataset:
             images=tuple(self._span(index, record, i, start) for i, start in enumerate(starts)),
             mismatch=encoded.mismatch,
             num_images_cut=len(record.images) - len(starts),
+            lacks_images=record.lacks_images,
         )
 
     def question(self, index: int) -> RossSample:
@@ -187,8 +192,7 @@ class RossDataset:
             raw, _ = self._raw(index)
         except RecordError:
             return -1
-        has_image = isinstance(raw, dict) and bool(raw.get("image"))
-        return (1 if has_image else -1) * max(word_count(raw), 1)
+        return (1 if has_image(raw) else -1) * max(word_count(raw), 1)
 
     @property
     def path(self) -> str:
@@ -206,6 +210,10 @@ class RossDataset:
     def records_fingerprint(self) -> str:
         """Names the files of records and their state."""
         return " ".join(source.fingerprint for source in self._sources)
+
+    def contents(self) -> list[tuple[str, int, str]]:
+        """Path, number of records and content digest of every file. Raises OSError."""
+        return [(source.path, len(source), source.content_digest()) for source in self._sources]
 
     @property
     def images_fingerprint(self) -> str:
@@ -264,12 +272,13 @@ class RossDataset:
             load_pixels=functools.partial(self._load_pixels, index, number, name, record.where),
             read_bytes=functools.partial(self.read_image, index, number, name),
             name=f"{record.where}: image {name!r}",
+            stamp=functools.partial(self._image_stamp, index, number, name),
         )
 
     def _load_pixels(self, index: int, number: int, name: str, where: str) -> Tensor:
         """float32 [3, P, P]. Raises ImageError."""
         try:
-            return self.image_processor(decode_image(self.read_image(index, number, name), name))
+            return self.image_processor(self.image_processor.decode(self.read_image(index, number, name), name))
         except ImageError as error:
             raise ImageError(f"{where}: {error}") from error
 
@@ -277,6 +286,10 @@ class RossDataset:
         """The bytes of a sample's image `number`, called `name`. Raises ImageError."""
         source, local = self._locate(index)
         return source.read_image(local, number, name)
+
+    def _image_stamp(self, index: int, number: int, name: str) -> str:
+        source, local = self._locate(index)
+        return source.image_stamp(local, number, name)
 
 
 class ConcatDataset:
@@ -322,6 +335,10 @@ class ConcatDataset:
         """Words of one record with the sign of its modality."""
         dataset, local = self._locate(index)
         return dataset.modality_length(local)
+
+    def contents(self) -> list[tuple[str, int, str]]:
+        """Path, number of records and content digest of every file. Raises OSError."""
+        return [content for dataset in self.datasets for content in dataset.contents()]
 
     @property
     def fingerprint(self) -> str:

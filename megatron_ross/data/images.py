@@ -1,14 +1,16 @@
 """Image files -> the vision tower's pixels, as published, with Pillow.
 
-Everything becomes RGB first. `pad` pastes the image into a square of its longer side in the mean colour. Then SigLIP's
-processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre. Resizing, bicubic if
-the tower's processor says nothing else, is on uint8; pixels are then (value / 255 - mean) / std.
+Everything becomes RGB first (`rgb.py` says how). `pad` pastes the image into a square of its longer side in the mean
+colour. Then SigLIP's processor stretches to the input size; CLIP's scales the shorter side to it and crops the centre.
+Resizing, bicubic if the tower's processor says nothing else, is on uint8; pixels are then (value / 255 - mean) / std.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megatron_ross.config.model import VisionConfig
 from megatron_ross.data.errors import ImageError
+from megatron_ross.data.rgb import CONVERSIONS, Picture
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused (Pillow's own limit for a decompression bomb)."""
@@ -29,22 +32,49 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 """What photographs and drawings come in. Pillow knows more; some start programs (EPS), or hold files in files (ICO)."""
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file to RGB. Orientation tags are ignored, as published.
+def decode_image(data: bytes, name: str, conversion: str = "viewer") -> Image.Image:
+    """Decode the bytes of an image file to RGB.
 
     Args:
         name: file name for messages.
+        conversion: one of `rgb.CONVERSIONS`.
 
     Raises:
         ImageError: not an image of FORMATS, truncated, or with more than MAX_PIXELS or MAX_SCANS.
     """
+    return inspect_image(data, name, conversion)[0]
+
+
+def inspect_image(data: bytes, name: str, conversion: str) -> tuple[Image.Image, list[str]]:
+    """Like `decode_image`; also returns those of `rgb.KINDS` that the image is."""
+    with _naming(name):
+        picture = Picture(_open(data))
+        return picture.rgb(conversion), picture.kinds
+
+
+def open_decodable(data: bytes, name: str) -> Image.Image:
+    """An image file in its own mode, proven to be decodable but not yet read, as an ImageProcessor wants it.
+
+    A read one no longer says how many bits the file has. Raises ImageError, as `decode_image` does.
+    """
+    decode_image(data, name)
+    return _open(data)
+
+
+def _open(data: bytes) -> Image.Image:
     if not data:
-        raise ImageError(f"image {name!r} is empty (0 bytes)")
+        raise ImageError("is empty (0 bytes)")
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    _check_size(*image.size)
+    check_scans(data)
+    return image
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever is wrong with an image becomes an ImageError that names it."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
-        _check_size(*image.size)
-        check_scans(data)
-        return image.convert("RGB")
+        yield
     except ImageError as error:
         raise ImageError(f"image {name!r} {error}") from error
     except UnidentifiedImageError as error:
@@ -83,7 +113,7 @@ class ImageProcessor:
     """Callable from a PIL image to pixels.
 
     `mode` is "pad" or "square" (published name `image_aspect_ratio`); `resize` is "stretch" (SigLIP) or "crop" (CLIP);
-    `resample` is Pillow's filter.
+    `resample` is Pillow's filter; `conversion` is one of `rgb.CONVERSIONS` (setting `image_conversion`).
     """
 
     mean: tuple[float, float, float]
@@ -92,6 +122,7 @@ class ImageProcessor:
     mode: str = "pad"
     resize: str = "stretch"
     resample: str = "bicubic"
+    conversion: str = "viewer"
 
     def __post_init__(self) -> None:
         if self.mode not in ("pad", "square"):
@@ -100,6 +131,8 @@ class ImageProcessor:
             raise ValueError(f"resize {self.resize!r} is unknown; use 'stretch' or 'crop'")
         if self.resample not in _FILTERS:
             raise ValueError(f"resample {self.resample!r} is unknown; use {', '.join(map(repr, _FILTERS))}")
+        if self.conversion not in CONVERSIONS:
+            raise ValueError(f"image_conversion {self.conversion!r} is unknown; use 'viewer' or 'published'")
 
     @classmethod
     def from_config(cls, vision: VisionConfig) -> ImageProcessor:
@@ -111,7 +144,12 @@ class ImageProcessor:
             vision.image_aspect_ratio,
             "crop" if vision.crops else "stretch",
             vision.resample,
+            vision.image_conversion,
         )
+
+    def decode(self, data: bytes, name: str) -> Image.Image:
+        """The bytes of an image file -> RGB. Raises ImageError."""
+        return decode_image(data, name, self.conversion)
 
     @property
     def pad_colour(self) -> tuple[int, int, int]:
@@ -129,7 +167,7 @@ class ImageProcessor:
         Raises:
             ImageError: the aspect ratio is so extreme that an intermediate image would pass MAX_PIXELS.
         """
-        image = image.convert("RGB")
+        image = Picture(image).rgb(self.conversion)
         if self.mode == "pad":
             image = pad_to_square(image, self.pad_colour)
         size = self.image_size

@@ -24,6 +24,7 @@ import fsspec
 import numpy as np
 
 from megatron_ross.config.paths import is_url
+from megatron_ross.text_files import replace_text
 
 CACHE_ABOVE_BYTES = 32 * 2**20
 """Smaller files are indexed at every start, which takes less than a second."""
@@ -32,6 +33,7 @@ _CHUNK_CHARACTERS = 2**24
 _CUT_OFF_CHARACTERS = 2**23  # a syntax error so close to the end of the window may be a value cut in two
 _LONGEST_NUMBER = 64  # characters; the only value that may look complete when it is cut in two
 _BETWEEN = re.compile(r"[\s,]*")
+_BYTE_ORDER_MARK = re.compile("\ufeff?")
 
 
 def default_cache_folder() -> Path:
@@ -39,29 +41,12 @@ def default_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ross"
 
 
-class RecordFile(Sequence[Any]):
-    """The unchecked records of one file. Picklable: a copy in another process maps the same file."""
+class MappedRecords(Sequence[Any]):
+    """JSON values at byte ranges (int64 [n, 2]) of a file. Picklable: a copy in another process maps the same file."""
 
-    def __init__(self, path: str | os.PathLike[str], cache_folder: Path | None = None):
-        """
-        Args:
-            path: JSON array, or JSONL if the name ends in `.jsonl`; a local path or a URL.
-            cache_folder: for indices and copies of remote files; None takes `default_cache_folder()`.
-
-        Raises:
-            ValueError: the file is missing, unreadable, not JSON, not an array, or empty.
-        """
-        self.path = os.fspath(path)
-        cache = (cache_folder or default_cache_folder()) / "records"
-        try:
-            self._local = _local_copy(self.path, cache) if is_url(self.path) else Path(self.path)
-            self._ranges = _load_or_build(self._local, cache)
-            self.fingerprint = f"{self.path} {self._local.stat().st_size} {self._local.stat().st_mtime_ns}"
-            """Changes whenever the file does."""
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the data file {self.path}: {error}") from error
-        if len(self._ranges) == 0:
-            raise ValueError(f"{self.path} holds no record")
+    def __init__(self, local: Path, ranges: np.ndarray):
+        self._local = local
+        self._ranges = ranges
         self._map: mmap.mmap | None = None
 
     def __len__(self) -> int:
@@ -76,6 +61,53 @@ class RecordFile(Sequence[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}
+
+
+class RecordFile(MappedRecords):
+    """The unchecked records of one file."""
+
+    def __init__(self, path: str | os.PathLike[str], cache_folder: Path | None = None):
+        """
+        Args:
+            path: JSON array, or JSONL if the name ends in `.jsonl`; a local path or a URL.
+            cache_folder: for indices and copies of remote files; None takes `default_cache_folder()`.
+
+        Raises:
+            ValueError: the file is missing, unreadable, not JSON, not an array, or empty.
+        """
+        self.path = os.fspath(path)
+        self._cache = cache = (cache_folder or default_cache_folder()) / "records"
+        try:
+            local = _local_copy(self.path, cache) if is_url(self.path) else Path(self.path)
+            super().__init__(local, _load_or_build(local, cache))
+            self.fingerprint = f"{self.path} {self._local.stat().st_size} {self._local.stat().st_mtime_ns}"
+            """Changes whenever the file does."""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the data file {self.path}: {error}") from error
+        if len(self._ranges) == 0:
+            raise ValueError(f"{self.path} holds no record")
+
+    def content_digest(self) -> str:
+        """Of all bytes of the file, wherever it lies and whenever it was written. Raises OSError."""
+        if self._local.stat().st_size <= CACHE_ABOVE_BYTES:
+            return _digest(self._local)
+        known = self._cache / f"{file_key(self._local)}.digest"
+        with locked(known.with_suffix(".lock")):
+            if not known.exists():
+                replace_text(known, _digest(self._local))
+        return known.read_text()
+
+
+def file_key(path: Path) -> str:
+    """Another one for every state of a local file, also if its size and its time of change were put back."""
+    stat = path.stat()
+    state = (path.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return hashlib.blake2b(" ".join(map(str, state)).encode(), digest_size=12).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -148,6 +180,7 @@ def _array_ranges(file: IO[bytes], path: Path) -> Iterator[tuple[int, int]]:
     """Byte ranges of the elements of a JSON array, reading a piece at a time."""
     pieces = _Pieces(file)
     hint = "files with one record per line must end in .jsonl"
+    pieces.skip(_BYTE_ORDER_MARK)
     if not pieces.skip(_BETWEEN) or pieces.text[pieces.place] != "[":
         raise ValueError(f"{path} must hold a JSON array of records; {hint}")
     pieces.advance(pieces.place + 1)

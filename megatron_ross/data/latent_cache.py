@@ -7,7 +7,8 @@ safetensors files hold them, an image by the digest of its file's bytes:
     moments    float16 [n, 2, C, 2g, 2g]    mean, then log variance
     undecodable  uint8 [m, 16]    images that are broken; training skips their samples as it does without a cache
 
-Files appear complete or not at all, and what several of them hold is the same. The moments of the dummy image, all-zero
+Files appear complete or not at all, and what several of them hold is the same. `latent_blocks.py` has the files that
+say which images of which data set are there. The moments of the dummy image, all-zero
 pixels, stand under the digest of no bytes.
 """
 
@@ -47,6 +48,7 @@ class CacheKey:
     vae: str
     image_size: int
     image_aspect_ratio: str
+    image_conversion: str
     resize: str
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
@@ -60,6 +62,7 @@ class CacheKey:
             vae=vae_digest,
             image_size=processor.image_size,
             image_aspect_ratio=processor.mode,
+            image_conversion=processor.conversion,
             resize=processor.resize,
             image_mean=tuple(processor.mean),
             image_std=tuple(processor.std),
@@ -99,6 +102,8 @@ def check_cache(folder: Path, key: CacheKey, *, advice: str = _MAKE_ONE) -> None
     for name, wanted in dataclasses.asdict(key).items():
         if (found := stored.get(name)) != wanted:
             what = "another VAE" if name == "vae" else f"other images ({name})"
+            if name == "image_conversion" and advice == _MAKE_ONE:
+                advice = f"give image_conversion: {found}, or {advice}"
             values = f"{_plain(found)}, this model has {_plain(wanted)}"
             raise ValueError(f"latent_cache={str(folder)!r}: is for {what}: {values}; {advice}")
 
@@ -117,6 +122,7 @@ def _read_key(folder: Path) -> dict[str, Any]:
         raise ValueError(f"latent_cache={str(folder)!r}: {path} cannot be read: {error}; {_MAKE_ONE}") from None
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise ValueError(f"latent_cache={str(folder)!r}: {path} has another format; {_MAKE_ONE}")
+    stored.setdefault("image_conversion", "published")  # older caches do not say
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
@@ -181,6 +187,9 @@ class LatentCache:
     def __contains__(self, digest: bytes) -> bool:
         """The image has moments, or is known to be broken."""
         return digest in self._places or digest in self._undecodable
+
+    def has_moments(self, digest: bytes) -> bool:
+        return digest in self._places
 
     def moments(self, digest: bytes, name: str) -> Tensor:
         """float16 [2, C, 2g, 2g] of an image; `name` is for messages.

@@ -32,8 +32,9 @@ class SampleStatus(IntEnum):
 
     GOOD = 0
     IMAGES_CUT = 1  # `max_length` left no room for one of its images
-    MISMATCH = 2  # tokenisation mismatch: masked, as published
-    BAD = 3  # record or image broken: skipped
+    LACKS_IMAGES = 2  # says <image> and brings none: trained as text, as published
+    MISMATCH = 3  # tokenisation mismatch: masked, as published
+    BAD = 4  # record or image broken: skipped
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def finding_of(sample: RossSample, template: str = "") -> Finding | None:
     if sample.mismatch:
         under = f" under template {template}" if template else ""
         return Finding(SampleStatus.MISMATCH, f"tokenization mismatch{under}: all labels are masked")
+    if sample.lacks_images:
+        return Finding(SampleStatus.LACKS_IMAGES, "says <image>, but the record names no image")
     if sample.num_images_cut:
         return Finding(SampleStatus.IMAGES_CUT, f"seq_length left no room for {sample.num_images_cut} of its images")
     return None
@@ -127,7 +130,7 @@ class Quarantine:
         statuses = self.policy.agree(flags).tolist()
         self.counts.update(SampleStatus(s).name.lower() for s in statuses if s != SampleStatus.GOOD)
         for position, status in enumerate(statuses):
-            if status >= SampleStatus.MISMATCH and len(self.examples) < MAX_EXAMPLES:
+            if status >= SampleStatus.LACKS_IMAGES and len(self.examples) < MAX_EXAMPLES:
                 known = findings[position].reason if position in findings else "found by another rank"
                 self.examples.append(f"sample {keys[position, 1]}: {known}")
         return [position for position, status in enumerate(statuses) if status == SampleStatus.BAD]
@@ -142,6 +145,11 @@ class Quarantine:
         why = f" under template {policy.template}" if policy.template else ""
         limits = {
             "bad": ("max_bad_sample_share", policy.max_bad_share, "bad: their records or images are broken"),
+            "lacks_images": (
+                "max_bad_sample_share",
+                policy.max_bad_share,
+                "lacks_images: they say <image>, but their records name no image",
+            ),
             "mismatch": ("max_mismatch_share", policy.max_mismatch_share, f"mismatch: their tokens do not add up{why}"),
         }
         for name, (setting, limit, text) in limits.items():

@@ -1,6 +1,6 @@
-"""LLaVA records: checking one record and reading its image files.
+"""Records: checking one, in any of the forms of `formats`, and reading its image files.
 
-A record is `{"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"], "conversations": [{"from": "human", "value": ...}]}`;
+The published form is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": ..., "value": ...}]}`;
 `image` is absent (or null, or empty) in text-only records and `id` may be missing, an int or a string. No torch here.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +18,32 @@ from fsspec.implementations.local import LocalFileSystem
 from megatron_ross.config.paths import is_url
 from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
+from megatron_ross.data.formats import IMAGE_TAG, Turn, is_unicode, plain_record, short_name
 
-ROLES = ("human", "gpt")
 _LONGEST_ID_BITS = 256
 MAX_IMAGE_BYTES = 1 << 29
 """Larger image files are refused before they are read."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one side says: `role` is "human" or "gpt"."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Record:
-    """One checked record. `where` names file and record in error messages."""
+    """One checked record.
+
+    Attributes:
+        images: file names; of images that the record or its file holds, a name for messages.
+        turns: the first one may be the system text.
+        where: file and record, for messages.
+    """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     where: str
+
+    @property
+    def lacks_images(self) -> bool:
+        """It speaks of images and brings none: `<image>` is then text like any other."""
+        return not self.images and any(IMAGE_TAG in turn.text for turn in self.turns)
 
 
 def parse_record(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
@@ -57,54 +59,14 @@ def parse_record(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
     """
     if not isinstance(raw, dict):
         raise RecordError(f"{where}: a record must be an object, found {type(raw).__name__}")
-    record_id = raw.get("id", "")
+    record_id = "" if raw.get("id") is None else raw["id"]
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         raise RecordError(f"{where}: field 'id' must be a string or an integer, found {type(record_id).__name__}")
     if isinstance(record_id, int) and record_id.bit_length() > _LONGEST_ID_BITS:
         raise RecordError(f"{where}: field 'id' is {shown(record_id)}")
     where = f"{where} (id {shown(record_id)})"
-    turns = raw.get("conversations")
-    if not turns and not needs_answer and (images := _parse_images(raw.get("image"), where)):
-        shown_images = Turn("human", "\n".join(["<image>"] * len(images)))
-        return Record(str(record_id), images, (shown_images,), where)
-    if not isinstance(turns, list) or not turns:
-        raise RecordError(f"{where}: field 'conversations' must be a non-empty list")
-    return Record(
-        id=str(record_id),
-        images=_parse_images(raw.get("image"), where),
-        turns=tuple(_parse_turn(turn, f"{where}: conversations[{i}]") for i, turn in enumerate(turns)),
-        where=where,
-    )
-
-
-def _parse_images(value: Any, where: str) -> tuple[str, ...]:
-    names = value if isinstance(value, list) else [] if value in (None, "") else [value]
-    for name in names:
-        if not isinstance(name, str) or not name or not _is_unicode(name):
-            raise RecordError(f"{where}: field 'image' must be a file name or a list of them, found {shown(name)}")
-    return tuple(names)
-
-
-def _parse_turn(turn: Any, where: str) -> Turn:
-    if not isinstance(turn, dict):
-        raise RecordError(f"{where} must be an object, found {type(turn).__name__}")
-    role, text = turn.get("from"), turn.get("value")
-    if role not in ROLES:
-        raise RecordError(f"{where}: field 'from' must be 'human' or 'gpt', found {shown(role)}")
-    if not isinstance(text, str):
-        raise RecordError(f"{where}: field 'value' must be a string, found {type(text).__name__}")
-    if not _is_unicode(text):
-        raise RecordError(f"{where}: field 'value' holds a lone surrogate (\\ud800 to \\udfff), which is no text")
-    return Turn(role, text)
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON may escape half a surrogate pair; Python reads it, but no encoder or tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    plain = plain_record(raw, where, needs_answer=needs_answer)
+    return Record(str(record_id), tuple(map(short_name, plain.images)), plain.turns, where)
 
 
 class ImageRoot:
@@ -137,8 +99,10 @@ class ImageRoot:
         Raises:
             ImageError: the path leaves the image root.
         """
-        if "\0" in name or not _is_unicode(name):
+        if "\0" in name or not is_unicode(name):
             raise ImageError(f"image name {shown(name)} holds a NUL byte or a lone surrogate")
+        if name.startswith(("http://", "https://")):
+            raise ImageError(f"image {shown(name)} is not downloaded; put a copy below {self.folder} and name that")
         path = written = posixpath.normpath(posixpath.join(self._real, name))
         if self._file_system is None and not self._allow_symlinks:
             path = os.path.realpath(os.path.join(self._real, name))
@@ -168,6 +132,23 @@ class ImageRoot:
         except (OSError, ValueError) as error:  # an ImageError is a ValueError: the file is none, or too large
             raise ImageError(f"image {shown(name)} cannot be read: {error}") from error
 
+    def stamp(self, name: str) -> str:
+        """The state of image `name`: size and times, or what the remote store says; empty if it cannot be found.
+
+        A replaced local file has another one even if size and modification time are kept: the time of its last change
+        of any kind (ctime) cannot be.
+        """
+        try:
+            path = self.resolve(name)
+            if self._file_system is None:
+                status = os.stat(path)
+                return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            info = self._file_system.info(path)
+        except (OSError, ValueError):  # an ImageError is a ValueError; reading the image says what is wrong
+            return ""
+        known = (info.get(key) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created"))
+        return " ".join(str(value) for value in known if value is not None)
+
 
 def _read_regular_file(path: str) -> bytes:
     """Neither a pipe, which may never end, nor a device. Raises OSError, ImageError."""
@@ -189,12 +170,3 @@ def _open_url(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url}: {error}") from error
-
-
-def word_count(raw: Any) -> int:
-    """Words of a raw record as the published length-grouped sampler counts them; 0 for a malformed one."""
-    turns = raw.get("conversations") if isinstance(raw, dict) else None
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        return 0
-    texts = (turn.get("value") if isinstance(turn, dict) else None for turn in turns)
-    return sum(len(text.split()) for text in texts if isinstance(text, str))

@@ -3,7 +3,8 @@
 The conventions are the `webdataset` library's: consecutive files whose names agree up to the first dot of the base name
 make one sample; the rest of the name says what a file is. Here `json` is the LLaVA record, or `txt` a caption (the
 record is then made up), and `jpg`, `jpeg`, `png`, `webp`, ... are its images; `0.jpg`, `1.jpg`, ... are several.
-A shard's headers are read once; the cached index says where every file lies. Nothing is ever extracted.
+A shard whose names say anything else about images is refused: a sample in two pieces would be two samples without
+pictures. A shard's headers are read once; the cached index says where every file lies. Nothing is ever extracted.
 """
 
 from __future__ import annotations
@@ -17,20 +18,34 @@ import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
 
 from megatron_ross.config.paths import is_url
+from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
+from megatron_ross.data.formats import DATA_SCHEME, FORMATS_VERSION, IMAGE_FIELDS, embedded_image
 from megatron_ross.data.header_reader import HeaderReader
-from megatron_ross.data.index import default_cache_folder, locked, write_atomically
+from megatron_ross.data.index import default_cache_folder, file_key, locked, write_atomically
 from megatron_ross.data.records import MAX_IMAGE_BYTES
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
 _MOST_DIGITS = 18
-IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "img"}
+_NUMBERED = re.compile(rf"[0-9]{{1,{_MOST_DIGITS}}}\.([^.]+)")
+IMAGE_TYPES = {
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "avif"),
+    "img",  # of any kind
+}
+_OTHER_IMAGES = {"heic", "heif", "jp2", "jxl", "svg", "exr", "hdr", "tga", "ico", "psd", "dng"}
+_OTHER_MEDIA = {
+    *("mp4", "avi", "mov", "mkv", "webm", "m4v", "mpg", "mpeg"),
+    *("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac"),
+}
+_END_BYTES = 512
+"""Of an image's beginning and of its end, for the digest; they lie beside headers, which are read anyway."""
+_RECORD, _CAPTION, _NO_TEXT = range(3)
 
 
 class ShardFile:
@@ -45,13 +60,13 @@ class ShardFile:
         try:
             self._file_system, self._real = fsspec.core.url_to_fs(self.path)
             info = self._file_system.info(self._real)
-            stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))}"
+            stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {FORMATS_VERSION}"
             self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
             self._index = self._load_or_build((cache_folder or default_cache_folder()) / "shards")
         except (OSError, ImportError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the shard {self.path}: {error}") from error
         if not len(self):
-            raise ValueError(f"the shard {self.path} holds no sample with a .json or .txt file")
+            raise ValueError(f"the shard {self.path} holds no sample: no .json, .txt or image file")
         self._files = threading.local()
 
     def __len__(self) -> int:
@@ -60,24 +75,42 @@ class ShardFile:
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        begin, size, is_text, _ = self._record_rows[index]
-        data = self._read(int(begin), int(size))
+        begin, size, kind, _ = self._record_rows[index]
         images = [f"{number}.img" for number in range(len(self._image_rows(index)))]
+        if kind == _NO_TEXT:
+            return {"image": images}
+        data = self._read(int(begin), int(size))
         try:
-            record = {"conversations": caption_turns(data.decode())} if is_text else json.loads(data)
+            is_caption = kind == _CAPTION
+            record = {"conversations": caption_turns(data.decode("utf-8-sig"))} if is_caption else json.loads(data)
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{self.path}[{index}]: not valid JSON or UTF-8 ({error})") from error
-        return record | {"image": images} if isinstance(record, dict) and images else record
+        if not isinstance(record, dict) or not images:
+            return record
+        return {key: value for key, value in record.items() if key not in IMAGE_FIELDS} | {"image": images}
 
     def read_image(self, index: int, number: int, name: str) -> bytes:
         """Raises ImageError."""
+        rows = self._image_rows(index)
+        if not len(rows) and name.startswith(DATA_SCHEME):
+            return embedded_image(self[index], number, MAX_IMAGE_BYTES)
+        if number >= len(rows):
+            raise ImageError(f"image {name!r} of {self.path}[{index}] is no file of the shard with the record's name")
         try:
-            begin, size = self._image_rows(index)[number]
+            begin, size = rows[number]
             if size > MAX_IMAGE_BYTES:
                 raise OSError(f"it has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             return self._read(int(begin), int(size))
         except OSError as error:
             raise ImageError(f"image {number} of {self.path}[{index}] cannot be read: {error}") from error
+
+    def image_stamp(self, index: int, number: int, name: str) -> str:
+        """That of the whole shard."""
+        return self.fingerprint
+
+    def content_digest(self) -> str:
+        """Of all texts, of the places and sizes of all images, and of their first and last bytes."""
+        return self._index[0, 2:].tobytes().hex()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_files"}
@@ -108,14 +141,15 @@ class ShardFile:
     def _load_or_build(self, cache: Path) -> np.ndarray:
         """int64 [1 + records + images, 4].
 
-        Row 0: number of records and images. Then per record: first byte, size, 1 if it is a caption, its first image.
-        Then per image: first byte, size.
+        Row 0: number of records and images, 16 bytes of digest. Then per record: first byte, size, which kind, its
+        first image. Then per image: first byte, size.
         """
-        path = cache / f"{self.fingerprint}.npy"
+        state = "" if is_url(self.path) else file_key(Path(self._real))
+        path = cache / f"{self.fingerprint}{state}.npy"
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 with self._file_system.open(self._real, "rb") as file:
-                    write_atomically(path, _build(HeaderReader(file, self._file_system.size(self._real))))
+                    write_atomically(path, _build(file, self._file_system.size(self._real)))
         return np.load(path, mmap_mode="r")
 
 
@@ -124,16 +158,35 @@ def caption_turns(text: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.strip()}]
 
 
-def _build(file: HeaderReader) -> np.ndarray:
+def _build(file: IO[bytes], size: int) -> np.ndarray:
+    """See `ShardFile._load_or_build`. Raises ValueError, tarfile.TarError."""
     records: list[tuple[int, int, int, int]] = []
     images: list[tuple[int, int, int, int]] = []
-    for members in _samples(file):
+    digest = hashlib.blake2b(digest_size=16)
+    for members in _samples(HeaderReader(file, size)):
         text = next((t for t in ("json", "txt") if t in members), None)
-        if text is None:
+        kinds = sorted((t for t in members if t.split(".")[-1] in IMAGE_TYPES), key=_image_number)
+        if text is None and not kinds:
             continue
-        records.append((*members[text], int(text == "txt"), len(images)))
-        images += [(*members[t], 0, 0) for t in sorted(members, key=_image_number) if t.split(".")[-1] in IMAGE_TYPES]
-    return np.array([(len(records), len(images), 0, 0), *records, *images], dtype=np.int64)
+        kind = _NO_TEXT if text is None else _CAPTION if text == "txt" else _RECORD
+        records.append((*(members[text] if text else (0, 0)), kind, len(images)))
+        images += [(*members[t], 0, 0) for t in kinds]
+        digest.update(repr((text, kinds, [members[t] for t in kinds])).encode())
+        if text is not None:
+            _add_bytes(digest, file, *members[text])
+        for place, length in (members[t] for t in kinds):
+            _add_bytes(digest, file, place, min(length, _END_BYTES))
+            _add_bytes(digest, file, place + max(0, length - _END_BYTES), min(length, _END_BYTES))
+    head = np.frombuffer(digest.digest(), dtype=np.int64)
+    return np.array([(len(records), len(images), *head), *records, *images], dtype=np.int64)
+
+
+def _add_bytes(digest: hashlib.blake2b, file: IO[bytes], place: int, length: int) -> None:
+    """Add bytes of a file to a digest, a piece at a time."""
+    file.seek(place)
+    while length > 0 and (piece := file.read(min(length, 1 << 20))):
+        digest.update(piece)
+        length -= len(piece)
 
 
 def _image_number(kind: str) -> tuple[int, str]:
@@ -143,9 +196,14 @@ def _image_number(kind: str) -> tuple[int, str]:
 
 
 def _samples(file: HeaderReader) -> Iterator[dict[str, tuple[int, int]]]:
-    """Per sample: kind of file (lower case) -> (first byte, size). Links, devices and sparse files are no samples."""
+    """Per sample: kind of file (lower case) -> (first byte, size). Links, devices and sparse files are no samples.
+
+    Raises:
+        ValueError: a sample's files do not lie together, or a name does not say clearly what a file is.
+    """
     current: dict[str, tuple[int, int]] = {}
     previous = None
+    finished: set[str] = set()
     with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             match = _NAME.match(member.name)
@@ -153,13 +211,39 @@ def _samples(file: HeaderReader) -> Iterator[dict[str, tuple[int, int]]]:
             if not member.isreg() or member.issparse() or match is None:
                 continue
             key, kind = match.groups()
-            if key != previous and current:
-                yield current
-                current = {}
-            previous = key
-            current[kind.lower()] = (member.offset_data, member.size)
+            kind = kind.lower()
+            if key != previous:
+                if key in finished:
+                    raise ValueError(
+                        f"the files of sample {shown(key)} do not lie together: {shown(member.name)} comes after other "
+                        "samples; make the tar from a sorted list of names (tar --sort=name)"
+                    )
+                if current:
+                    yield current
+                    current = {}
+                finished.add(key)
+                previous = key
+            _check_kind(kind, member.name)
+            if kind in current:
+                raise ValueError(f"{shown(member.name)} is there twice; a sample has one file of each kind")
+            current[kind] = (member.offset_data, member.size)
     if current:
         yield current
+
+
+def _check_kind(kind: str, name: str) -> None:
+    """Refuse names of media that would be lost, or taken for something else. Raises ValueError."""
+    last = kind.split(".")[-1]
+    if last in _OTHER_MEDIA or last in _OTHER_IMAGES:
+        raise ValueError(
+            f"{shown(name)}: {'only images are' if last in _OTHER_MEDIA else 'such images are not'} supported"
+        )
+    numbered = _NUMBERED.fullmatch(kind)
+    if "." in kind and (last in IMAGE_TYPES or last in ("json", "txt")) and not (numbered and last in IMAGE_TYPES):
+        raise ValueError(
+            f"{shown(name)}: a sample's name ends at the first dot, so that its files are x.json and x.jpg, or "
+            "x.0.jpg, x.1.jpg, ...; replace the other dots"
+        )
 
 
 def write_sample(tar: tarfile.TarFile, key: str, record: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 
 from megatron_ross.data.dataset import Measurement, RossDataset
 from megatron_ross.data.errors import ConversationError, ImageError, RecordError
-from megatron_ross.data.images import decode_image
+from megatron_ross.data.images import inspect_image
 from megatron_ross.data.lengths import STUB_LENGTH, map_samples
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.data.packing import PackedOrder, utilisation
 from megatron_ross.data.records import Record
+from megatron_ross.data.rgb import CONVERSIONS, KINDS
 from megatron_ross.text_files import replace_text
 
 SKIPPED = ("bad_record", "bad_conversation", "bad_image")
@@ -36,8 +37,8 @@ class Survey:
 
     A skipped sample has one finding of `SKIPPED`. Others may be masked (`mismatch`) or lose images (`images_cut`); as
     in training, what is masked does not count as cut. For the user only: `empty_answer`, `nothing_supervised`,
-    `no_image` (where images are all that is trained on), and `bad_image_cut`, a broken image behind the sample's cut,
-    which training never opens.
+    `no_image` (where images are all that is trained on), `bad_image_cut` (a broken image behind the sample's cut, which
+    training never opens), and `rgb.KINDS`: samples with an image that `image_conversion` decides about.
     """
 
     num_tokens: list[int] = field(default_factory=list)
@@ -101,6 +102,8 @@ class Checker:
             return _STUB
         if dataset.supervise and any(turn.role == "gpt" and not turn.text.strip() for turn in record.turns):
             survey.find("empty_answer", index, record.where)
+        if record.lacks_images:
+            survey.find("lacks_images", index, f"{record.where}: says <image>, but names no image")
         if self.decode and not self._check_images(dataset, index, record, sizes.num_images, survey):
             return replace(sizes, num_supervised=0)
         if sizes.mismatch:
@@ -116,9 +119,15 @@ class Checker:
 
     def _check_images(self, dataset: RossDataset, index: int, record: Record, num_used: int, survey: Survey) -> bool:
         """Whether training can decode the first `num_used` images of a record, which are all that it opens."""
+        processor, seen = dataset.image_processor, set[str]()
         for number, name in enumerate(record.images):
             try:
-                dataset.image_processor.to_uint8(decode_image(dataset.read_image(index, number, name), name))
+                image, kinds = inspect_image(dataset.read_image(index, number, name), name, processor.conversion)
+                processor.to_uint8(image)
+                for kind in set(kinds) - seen if number < num_used else ():
+                    how = KINDS[kind][CONVERSIONS.index(processor.conversion)]
+                    survey.find(kind, index, f"{record.where}: image {name!r} is {how}")
+                seen |= set(kinds)
             except ImageError as error:
                 is_used = number < num_used
                 survey.find("bad_image" if is_used else "bad_image_cut", index, f"{record.where}: {error}")

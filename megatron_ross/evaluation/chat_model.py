@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ross.evaluation.generate import Decoding, load_for_inference
+from megatron_ross.evaluation.generate import Decoding, load_for_inference, model_rgb
 from megatron_ross.evaluation.presets import Preset
 from megatron_ross.evaluation.prompts import Turn, turn_text
 from megatron_ross.huggingface import RossProcessor
@@ -140,7 +140,7 @@ class ChatModel:
 
     def _inputs(self, prompts: Sequence[str], conversations: Sequence[Conversation]) -> Any:
         """input_ids and attention_mask [b, s], and the pictures in the order of their placeholders."""
-        images = [image.convert("RGB") for c in conversations for turn in c for image in turn.images]
+        images = [model_rgb(self.model, image) for c in conversations for turn in c for image in turn.images]
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         inputs = self.processor(text=list(prompts), images=images or None, **options)
         return inputs.to(self.model.device)

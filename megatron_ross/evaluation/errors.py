@@ -45,9 +45,9 @@ def framework_errors(
     """
     try:
         yield
-    except (FrameworkError, *passes):
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, (FrameworkError, *passes)):
+            raise
         cause = _first_cause(error)
         output.mkdir(parents=True, exist_ok=True)
         log = output / LOG_FILE

@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MANIFEST_NAME, resolve_checkpoint
-from megatron_ross.convert.cli import export_checkpoint
-from megatron_ross.huggingface.chat_templates import chat_template
-from megatron_ross.huggingface.hub import local_folder
+from megatron_ross.checkpoint.locate import Kind, Located, identify, look_up, megatron_checkpoint, unreachable_hub
+from megatron_ross.checkpoint.manifest import MANIFEST_NAME
 from megatron_ross.text_files import replace_text
 
 ExportedFormat = Literal["ross", "llava"]
@@ -28,9 +26,13 @@ MARK = "exported_from.json"
 
 
 def exported_folder(
-    checkpoint: str, format: ExportedFormat = "ross", *, rank: int = 0, wait_seconds: float = WAIT_SECONDS
+    checkpoint: str,
+    format: ExportedFormat = "ross",
+    *,
+    rank: int = 0,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> Path:
-    """Folder with a Hugging Face checkpoint.
+    """Folder with a Hugging Face checkpoint of a whole model.
 
     Args:
         checkpoint: run folder, Megatron checkpoint (root or one iteration), exported folder, or hub id.
@@ -43,16 +45,28 @@ def exported_folder(
         ValueError: it is none of these, its export's place is taken by something else, or the export does not come.
         OSError: writing failed.
     """
-    path = Path(checkpoint)
-    if not path.is_dir() or (path / "config.json").is_file():
-        return local_folder(checkpoint)
-    root = path / CHECKPOINTS_NAME if (path / CHECKPOINTS_NAME).is_dir() else path
-    if not any((root / name).is_file() for name in (MANIFEST_NAME, LATEST_NAME)):
-        raise ValueError(
-            f"{path} is no run folder with {CHECKPOINTS_NAME}/, no Megatron checkpoint and no exported folder with "
-            "config.json: name one of these with --checkpoint"
-        )
-    return _export(resolve_checkpoint(root), format, rank, wait_seconds)
+    found = check_model(checkpoint)
+    if found.kind in (Kind.RUN, Kind.CHECKPOINT):
+        return _export(megatron_checkpoint(checkpoint, "checkpoint"), format, rank, wait_seconds)
+    if found.path is not None:
+        return found.path
+    from megatron_ross.huggingface.hub import local_folder  # imports transformers, which takes seconds
+
+    return local_folder(checkpoint, local_files_only=bool(unreachable_hub()))
+
+
+def check_model(checkpoint: str, *, reconstructs: bool = False) -> Located:
+    """What `checkpoint` names, if it is a whole model. Reads no weights and imports no torch.
+
+    Args:
+        reconstructs: a stock LLaVA, which has no denoiser, is refused, too.
+
+    Raises:
+        ValueError: it is something else, or nothing; one line.
+    """
+    found = look_up(identify(checkpoint))
+    found.require("checkpoint", Kind.RUN, Kind.CHECKPOINT, Kind.ROSS, *([] if reconstructs else [Kind.LLAVA]))
+    return found
 
 
 def fingerprint(folder: Path) -> str:
@@ -78,6 +92,9 @@ def _export(iteration: Path, format: ExportedFormat, rank: int, wait_seconds: fl
         shutil.rmtree(output)  # of an earlier checkpoint with the same number
     elif output.exists():
         raise ValueError(f"{output} was not made by evaluation, or not completed: remove it")
+    from megatron_ross.convert.cli import export_checkpoint
+    from megatron_ross.huggingface.chat_templates import chat_template
+
     export_checkpoint(iteration, output, format, templates=chat_template)
     replace_text(mark, json.dumps({"manifest": digest}) + "\n")
     return output
@@ -96,6 +113,6 @@ def _wait(mark: Path, digest: str, seconds: float) -> None:
         if time.monotonic() > end:
             raise ValueError(
                 f"{mark.parent} did not appear within {seconds:.0f} s: the ranks must share this file system; or "
-                "export first with tools/convert_megatron_to_hf.py"
+                "export first with megatron-ross export"
             )
         time.sleep(0.5)

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
-from megatron_ross.config.json_files import read_json
+from megatron_ross.checkpoint.locate import Kind, identify
 from megatron_ross.convert.inference_files import template_end_ids, with_ends
 from megatron_ross.convert.unsupported import readable_weights
-from megatron_ross.data.images import decode_image
+from megatron_ross.data.images import open_decodable
+from megatron_ross.data.rgb import Picture
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
 from megatron_ross.huggingface.chat_templates import chat_template, training_template
 from megatron_ross.huggingface.hub import local_folder
@@ -76,7 +77,8 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         shown = [*self.images, *(images or [])]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(text=text, images=shown or None, return_tensors="pt").to(self.model.device)
+        pictures = [model_rgb(self.model, image) for image in shown]
+        inputs = self.processor(text=text, images=pictures or None, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, streamer=streamer, **self.decoding.options())
         answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
@@ -130,13 +132,18 @@ def chat_loop(
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB.
+    """An image file in its own mode, which `model_rgb` or a RossProcessor turns into RGB.
 
     Raises:
         ValueError: it is not an image.
         OSError: it cannot be read.
     """
-    return decode_image(Path(path).read_bytes(), str(path))
+    return open_decodable(Path(path).read_bytes(), str(path))
+
+
+def model_rgb(model: Any, image: Image.Image) -> Image.Image:
+    """The image in RGB as a loaded model was trained (its config's `image_conversion`)."""
+    return Picture(image).rgb(getattr(model.config, "image_conversion", "published"))
 
 
 def load_for_inference(
@@ -166,7 +173,9 @@ def load_for_inference(
     stored = "auto" if torch.device(device).type == "cuda" else torch.float32
     chosen = _DTYPES.get(dtype, stored)
     folder = local_folder(checkpoint)
-    if read_json(folder / "config.json").get("model_type") == "llava":
+    found = identify(folder)
+    found.require("checkpoint", Kind.ROSS, Kind.LLAVA)
+    if found.kind is Kind.LLAVA:
         model, processor = _load_llava(folder, chosen, template)
     else:
         model = RossForConditionalGeneration.from_pretrained(folder, dtype=chosen, vision_tower=vision_tower, vae=vae)

@@ -1,4 +1,4 @@
-"""`tools/evaluate.py`: from a checkpoint and names of tasks to a table of scores."""
+"""`megatron-ross evaluate`: from a checkpoint and names of tasks to a table of scores."""
 
 from __future__ import annotations
 
@@ -10,68 +10,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from megatron_ross.compat import versions
 from megatron_ross.evaluation import results as results_module
 from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
 from megatron_ross.evaluation.builtin import run as builtin
-from megatron_ross.evaluation.builtin.pope import PROMPTS
+from megatron_ross.evaluation.command_line import parse
 from megatron_ross.evaluation.exports import exported_folder, fingerprint
 from megatron_ross.evaluation.frameworks import OPENERS, Runner, builtin_options
 from megatron_ross.evaluation.lmms_eval import run as lmms
-from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS
 from megatron_ross.evaluation.ranks import RanksApart, wait_for_other_ranks
 from megatron_ross.evaluation.vlmevalkit.launcher import find_run_py
 
 _RECORDED_PACKAGES = ("megatron-ross", "torch", "transformers", "lmms_eval", "vlmeval")
 
 
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """The command line."""
-    parser = ArgumentParser(description="Evaluate a checkpoint on benchmarks.")
-    add = parser.add_argument
-    add("--checkpoint", type=str, required=True, help="run folder, Megatron checkpoint, exported folder or hub id")
-    add("--tasks", type=str, required=True, help=f"comma-separated: {', '.join(benchmarks())}; or a framework's own")
-    add("--framework", choices=FRAMEWORKS, default=None, help="default: the one of the published figures")
-    add("--preset", choices=tuple(PRESETS), default="default", help="how questions are put; see docs/evaluation.md")
-    add(
-        "--output",
-        type=Path,
-        default=Path("results"),
-        help="folder for the table and the answers; calls for one checkpoint add to it",
-    )
-    add("--export-format", choices=("ross", "llava"), default="ross", help="of training checkpoints")
-    add("--reuse", type=bool, default=True, help="take up what an earlier call into --output has scored or answered")
-    add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
-    add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
-    add("--template", type=str | None, default=None, help="qwen_2, v1, llava_v1, llama3 or plain")
-    add("--device", type=str | None, default=None, help="default: the GPU if there is one")
-    add("--dtype", type=str | None, default=None, help="auto, bf16, fp16 or fp32; default: the preset's")
-    add("--seed", type=int, default=42, help="of sampling, in built-in tasks")
-    add("--mmvp-data", type=Path | None, default=None, help="built-in mmvp: the data set's folder")
-    add("--decoding", choices=tuple(builtin.MMVP_DECODING), default=None, help="built-in mmvp; default: the preset's")
-    add("--corrected-labels", type=bool, default=False, help="built-in mmvp: mend four published labels")
-    add("--lenient", type=bool, default=False, help="built-in mmvp: accept a letter anywhere in the answer")
-    add("--pope-data", type=Path | None, default=None, help="built-in pope: a file of JSON lines")
-    add("--pope-images", type=Path | None, default=None, help="built-in pope: the folder of its pictures")
-    add("--pope-prompt", choices=tuple(PROMPTS), default="short", help="built-in pope: wording")
-    add("--reconstruction-images", type=Path | None, default=None, help="reconstruction: folder of pictures")
-    add("--reconstruction-steps", type=str, default="250", help="reconstruction: sampling steps")
-    add("--include-path", type=Path | None, default=None, help="lmms-eval: folder with more task definitions")
-    add(
-        "--lmms-interface",
-        choices=("simple", "chat"),
-        default="simple",
-        help="lmms-eval: chat scores no candidates",
-    )
-    add("--vlmevalkit", type=Path | None, default=None, help="VLMEvalKit's source folder, if it cannot be found")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 if every task has a score; otherwise 1, and the last line on stderr says what is missing."""
-    args = parse(arguments)
+    return report(parse(arguments))
+
+
+def report(args: Namespace) -> int:
+    """Evaluate and print the scores. Exit status as `main`."""
     try:
         found, missing = evaluate(args)
     except (ValueError, OSError) as error:

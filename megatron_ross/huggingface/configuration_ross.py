@@ -35,6 +35,7 @@ class RossFields:
     vision_feature_layer: int | None = None
     image_resample: str | None = None
     image_do_center_crop: bool | None = None
+    image_conversion: str = "published"
     vision_config: dict | None = None
     vae_config: dict | None = None
 
@@ -58,6 +59,7 @@ class RossFields:
             image_aspect_ratio=self.image_aspect_ratio,
             resample=self.image_resample or VisionConfig.resample,
             do_center_crop=self.image_do_center_crop,
+            image_conversion=self.image_conversion,
         )
 
     @property
@@ -85,6 +87,7 @@ class RossFields:
         self.mm_vision_select_layer = self.vision_feature_layer = model.vision.select_layer
         self.image_resample, self.image_do_center_crop = model.vision.resample, model.vision.crops
         self.image_aspect_ratio = model.vision.image_aspect_ratio
+        self.image_conversion = model.vision.image_conversion
         self.mm_projector_type = model.projector.type
         if model.denoiser is not None and model.vae is not None:
             self.mm_inv_projector_type = model.denoiser.type

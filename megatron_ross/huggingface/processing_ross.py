@@ -141,7 +141,10 @@ class RossProcessor(ProcessorMixin):
         return expand_image_tokens(self.text_tokenizer.encode_with_images(text), self.num_image_tokens)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocess images: float32 [n, 3, P, P]."""
+        """Preprocess images: float32 [n, 3, P, P].
+
+        They become RGB as the model was trained (`image_conversion`), so give them as they were opened, not converted.
+        """
         return torch.stack([self.image_transform(image) for image in images])
 
     def text_before_image(self) -> str:
@@ -242,6 +245,7 @@ def _stored_vision(folder: Path) -> dict[str, Any] | None:
         *image_statistics(vision.values, vision.where),
         select_layer=vision.integer("select_layer", -1024, 1024, -2),
         image_aspect_ratio=vision.choice("image_aspect_ratio", ("pad", "square"), "pad"),
+        image_conversion=vision.choice("image_conversion", ("published", "viewer"), "published"),
     )
     filters = {"resample": vision.choice("resample", RESAMPLE_FILTERS, checked.resample)}
     crop = vision.boolean("do_center_crop") if vision.has("do_center_crop") else None

@@ -1,4 +1,4 @@
-"""Command line of tools/check_parity.py: options of the fixture, and any setting of a run for the layout."""
+"""The rows of tools/check_parity.py, of every model of a fixture, and the verdict."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
-from jsonargparse import ArgumentParser
 
-from megatron_ross.config.cli import ConfigError, build_parser, parse_flat
+from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.parity.checks import check_cases, check_generation, check_sampling, check_trajectories
+from megatron_ross.parity.command_line import CheckName
 from megatron_ross.parity.compare import HEADER, Row
 from megatron_ross.parity.fixture import FixtureError, FixtureModel, load_fixture
 from megatron_ross.parity.runner import ImportedModel
 from megatron_ross.training.main import start_process_group
 
 Check = Callable[[FixtureModel, ImportedModel, RunConfig], Iterator[Row]]
-CheckName = Literal["cases", "trajectories", "sampling", "generation"]
-CHECKS: dict[str, Check] = {
+CHECKS: dict[CheckName, Check] = {
     "cases": check_cases,
     "trajectories": check_trajectories,
     "sampling": check_sampling,
@@ -29,12 +27,14 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """0 when every row is within its tolerance, 1 otherwise, on every rank alike."""
+def compare(folder: Path, model: str | None, checks: Sequence[CheckName], run: RunConfig) -> int:
+    """0 when every row is within its tolerance, 1 otherwise, on every rank alike.
+
+    Args:
+        model: check only this one of the fixture.
+        run: its settings are the layout's.
+    """
     try:
-        settings = parse_flat(_parser(), argv)
-        folder, model, checks = (settings.pop(name) for name in ("fixture", "model", "checks"))
-        run = RunConfig.from_flat(settings)
         fixtures = load_fixture(folder, model)
         start_process_group(run.parallel.distributed_timeout_minutes)
         rows = [row for fixture in fixtures for row in check_model(fixture, _complete(run), checks)]
@@ -50,14 +50,6 @@ def main(argv: Sequence[str]) -> int:
     return 1 if verdict[0] or not verdict[1] else 0
 
 
-def _parser() -> ArgumentParser:
-    parser = build_parser("Compare this stack with recorded reference cases, in any layout.")
-    parser.add_argument("--fixture", type=Path, required=True, help="directory with metadata.json and goldens/")
-    parser.add_argument("--model", type=str | None, default=None, help="check only this model of the fixture")
-    parser.add_argument("--checks", type=list[CheckName], default=list(CHECKS), help="which checks, as [a,b]")
-    return parser
-
-
 def _complete(run: RunConfig) -> RunConfig:
     """Reference losses, and a global batch size that passes the rules of a run."""
     tp, pp = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
@@ -71,7 +63,7 @@ def _complete(run: RunConfig) -> RunConfig:
     )
 
 
-def check_model(fixture: FixtureModel, run: RunConfig, checks: Sequence[str] = tuple(CHECKS)) -> list[Row]:
+def check_model(fixture: FixtureModel, run: RunConfig, checks: Sequence[CheckName] = tuple(CHECKS)) -> list[Row]:
     """All rows of one model, printed as they come; rows are on rank 0 only."""
     imported = ImportedModel(fixture)
     rows: list[Row] = []

@@ -20,6 +20,7 @@ from megatron_ross.models.ross_stage import RossStage
 from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.parallel.param_gather import gathered_parameters
 from megatron_ross.training.adam import use_adam
+from megatron_ross.training.schedule import Schedule
 
 
 def build_stages(
@@ -157,27 +158,32 @@ def _group_overrides(settings: OptimizerSettings) -> dict[ParamKey, dict[str, fl
     }
     for pattern, lr in modules.items():
         if lr is not None:
-            overrides[ParamKey(name=pattern)] = {"max_lr": lr, "min_lr": settings.min_lr * lr / settings.lr}
+            # To the module's peak as min_lr is to lr; with lr 0, which leaves min_lr nothing but 0, it is 0.
+            least = settings.min_lr * lr / settings.lr if settings.lr else 0.0
+            overrides[ParamKey(name=pattern)] = {"max_lr": lr, "min_lr": least}
     return overrides
 
 
 def build_scheduler(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, train_iters: int
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, schedule: Schedule, consumed_sequences: int = 0
 ) -> OptimizerParamScheduler:
-    """Learning rate per step: linear warm-up from 0 (the first step changes nothing), then decay to `min_lr`."""
-    warmup = settings.lr_warmup_iters
-    if warmup is None:
-        warmup = math.ceil((settings.lr_warmup_fraction or 0.0) * train_iters)
-    return OptimizerParamScheduler(
+    """Learning rate by sequences: linear warm-up from 0 (the first step changes nothing), then decay to `min_lr`.
+
+    Nothing of it comes from a checkpoint: a run that resumes has the schedule of its own settings, from the place
+    where it stands.
+    """
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=min(warmup, train_iters - 1),
-        lr_decay_steps=train_iters,
-        lr_decay_style=settings.lr_decay_style,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.length,
+        lr_decay_style=schedule.style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=train_iters,
+        wd_incr_steps=schedule.length,
         wd_incr_style="constant",
     )
+    scheduler.step(increment=consumed_sequences - schedule.start)
+    return scheduler

@@ -16,6 +16,7 @@ from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, iterat
 from megatron_ross.checkpoint.saver import CheckpointSaver, SavedCheckpoint, SavePolicy
 from megatron_ross.config.model import RossModelConfig
 from megatron_ross.config.schema import RunConfig
+from megatron_ross.training.resumed import PROGRESS_KEY
 
 
 def prepare_run_folder(run: RunConfig) -> None:
@@ -135,12 +136,14 @@ class RunCheckpoints:
 def trained_model(model: RossModelConfig, run: RunConfig) -> RossModelConfig:
     """The model as its manifest describes it from now on: the tower sees the images that this run has shown it, and the
     denoiser has the objective it is trained with."""
-    model = replace(model, vision=model.vision.shown(run.data.image_aspect_ratio))
+    model = replace(model, vision=model.vision.shown(run.data.image_aspect_ratio, run.data.image_conversion))
     if model.denoiser is None or not run.loss.denoiser_passes or run.trainability.freeze_mm_inv_projector:
         return model
     return replace(model, denoiser=replace(model.denoiser, objective=run.loss.recon_objective))
 
 
-def training_record(losses: dict[str, float], run: RunConfig, data: dict[str, Any], layout: str) -> dict[str, Any]:
-    """The manifest's `training` entry."""
-    return {**losses, "settings": run.to_flat(), "data": data, "layout": layout}
+def training_record(
+    losses: dict[str, float], run: RunConfig, data: dict[str, Any], layout: str, progress: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest's `training` entry; `progress` is from `resumed.record_of`."""
+    return {**losses, "settings": run.to_flat(), "data": data, "layout": layout, PROGRESS_KEY: progress}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +36,9 @@ from megatron_ross.platform import current_device
 
 TrainingSet = RossDataset | ConcatDataset
 
+_MAX_NAMED = 8
+"""Ranks that a message lists."""
+
 
 def build_dataset(run: RunConfig, vision: VisionConfig, assets: Path) -> TrainingSet:
     """The training set, tokenised with the checkpoint's tokenizer and decoded for its vision tower.
@@ -57,7 +63,7 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
             source.image_folder or None,
             tokenizer,
             run.data.template,
-            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio)),
+            ImageProcessor.from_config(vision.shown(run.data.image_aspect_ratio, run.data.image_conversion)),
             vision.num_image_tokens,
             run.data.seq_length,
             reference=run.loss.loss_mode == "reference",
@@ -71,27 +77,80 @@ def _open(run: RunConfig, sources: list[DataSource], vision: VisionConfig, asset
     return datasets
 
 
-def build_order(run: RunConfig, dataset: TrainingSet, lengths: Sequence[int] | None = None) -> SampleOrder:
+def agree_on_data(dataset: TrainingSet) -> None:
+    """Ranks read the data each for itself, perhaps from copies on their own nodes. A collective.
+
+    Raises:
+        ValueError: on every rank; the copies differ, or one cannot be read.
+    """
+    if dist.get_world_size() == 1:
+        return
+    contents: list[tuple[str, int, str]] = []
+    state: object
+    try:
+        contents = dataset.contents()
+        state = hashlib.blake2b(repr([content[1:] for content in contents]).encode(), digest_size=16).hexdigest()
+    except OSError as error:
+        state = f"cannot be read: {error}"
+    if len(set(_gathered(state))) == 1 and contents:
+        return
+    theirs = _gathered(contents)[0]
+    pairs = enumerate(zip(contents, theirs, strict=False))
+    differing = next((i for i, (a, b) in pairs if a[1:] != b[1:]), min(len(contents), len(theirs)))
+    number = min(_gathered(differing))
+    here = contents[number] if number < len(contents) else ("its data", 0, str(state))
+    copies: dict[tuple[int, str], list[str]] = {}
+    for rank, (host, path, size, digest) in enumerate(_gathered((socket.gethostname(), *here))):
+        copies.setdefault((size, digest), []).append(f"{rank} ({host}: {path})")
+    found = [f"{size:,} records of content {digest} on {_some(ranks)}" for (size, digest), ranks in copies.items()]
+    raise ValueError(f"ranks read different data: {'; '.join(found)}; copy the same files to every node")
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Everyone's value, by rank. A collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _some(ranks: list[str]) -> str:
+    """For a message: not all of a thousand."""
+    more = f", ... {len(ranks)} in all" if len(ranks) > _MAX_NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:_MAX_NAMED])}{more}"
+
+
+def build_order(
+    run: RunConfig,
+    dataset: TrainingSet,
+    lengths: Sequence[int] | None = None,
+    beat: Callable[[str], None] | None = None,
+    group_sizes: tuple[int, int] | None = None,
+) -> SampleOrder:
     """The global order of sequences; the same on every rank and for every data-parallel size.
 
-    `lengths`: tokens of every sample, if they are known already.
+    Args:
+        lengths: tokens of every sample, if they are known already.
+        beat: tells the watchdog that lengths are being measured.
+        group_sizes: (batch size, batches per step) that `group_by_modality_length` deals samples to, of the run's
+            first start (`training/resumed.py`); None: those of this run.
     """
     data, seed = run.data, run.loss.seed
     blend = _blended(run, dataset) if isinstance(dataset, ConcatDataset) else None
     order: SampleOrder
     if data.group_by_modality_length:
-        num_microbatches = data.global_batch_size // data.micro_batch_size
+        own = (data.micro_batch_size, data.global_batch_size // data.micro_batch_size)
+        batch_size, num_batches = group_sizes or own
         order = GroupedOrder(
-            modality_lengths(dataset),
+            modality_lengths(dataset, beat=beat),
             seed,
-            batch_size=data.micro_batch_size,
-            world_size=num_microbatches,
+            batch_size=batch_size,
+            world_size=num_batches,
             base=blend or SampleOrder(len(dataset), seed, shuffle=False, ids=_kept(run, len(dataset))),
         )
     else:
         order = blend or SampleOrder(len(dataset), seed, ids=_kept(run, len(dataset)))
     if data.packing:
-        known = token_lengths(dataset) if lengths is None else lengths
+        known = token_lengths(dataset, beat=beat) if lengths is None else lengths
         return PackedOrder(order, known, data.seq_length, data.packing_lookahead)
     return order
 
@@ -114,16 +173,17 @@ def _kept(run: RunConfig, num_samples: int) -> np.ndarray | None:
     return kept_ids(num_samples, held_out_ids(num_samples, split)) if split else None
 
 
-def build_valid_order(run: RunConfig, dataset: TrainingSet) -> FixedOrder:
+def build_valid_order(run: RunConfig, dataset: TrainingSet, beat: Callable[[str], None] | None = None) -> FixedOrder:
     """The batches of every validation: of `valid_data_path`'s samples, or of those that `valid_split` holds out.
 
     Args:
         dataset: from `build_valid_dataset`, or the training set.
+        beat: as in `build_order`.
     """
     data = run.data
     order = valid_samples(run, dataset)
     if data.packing:
-        order = PackedOrder(order, token_lengths(dataset), data.seq_length, data.packing_lookahead)
+        order = PackedOrder(order, token_lengths(dataset, beat=beat), data.seq_length, data.packing_lookahead)
     return validation_order(order, data.global_batch_size, run.observation.eval_iters)
 
 

@@ -6,25 +6,34 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ross.config.cli import ConfigError, parse_run_config
-from megatron_ross.platform import quieten
+from megatron_ross.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_ross.compat import Available
+    from megatron_ross.config.layout import StageLayout
+    from megatron_ross.training.start import Start
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 _SAY_IT_ONCE_S = 3.0
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run to the end; returns the process's exit code. A user's mistake is one line on the first rank."""
+def main(argv: Sequence[str], parse: Callable[[Sequence[str]], RunConfig] = parse_run_config) -> int:
+    """Run to the end; returns the process's exit code. A user's mistake is one line on the first rank.
+
+    torch is imported when the command line is understood: `--help` and refusals of a flag come at once.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        _train(argv, world_size)
+        _train(parse(argv), world_size)
     except KeyboardInterrupt:
         return _leave(EXIT_INTERRUPTED, rank, "interrupted; the last complete checkpoint is intact")
     except (ConfigError, ValueError, OSError) as error:
@@ -36,32 +45,26 @@ def main(argv: Sequence[str]) -> int:
         if not _is_expected(error):
             raise
         return _leave(EXIT_ERROR, rank, f"error: {error}")
+    import torch.distributed as dist
+
     dist.destroy_process_group()
     return 0
 
 
-def _train(argv: Sequence[str], world_size: int) -> None:
-    quieten()
-    run = parse_run_config(argv, description="Train Ross or LLaVA on Megatron Core.")
-    # Imports and checks in this order: mistakes are found before anything slow or distributed starts.
+def _train(run: RunConfig, world_size: int) -> None:
     from megatron_ross.compat import probe
-    from megatron_ross.config.features import resolve_features
-    from megatron_ross.config.validate import validate_run
-    from megatron_ross.planner.auto import resolve_layout
 
-    validate_run(run, world_size)
-    resolve_features(run, probe())
+    start, layout, warnings = checked_start(run, world_size, probe)
     from megatron_ross.training.checkpoints import prepare_run_folder
-    from megatron_ross.training.latents import check_latent_cache
-    from megatron_ross.training.start import start_of
+    from megatron_ross.training.start import check_unchanged
 
-    start = start_of(run)
-    layout = resolve_layout(run, start.manifest.model, world_size)
-    check_latent_cache(run, start.directory)
     if run.training.save:
         prepare_run_folder(run)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     start_process_group(run.parallel.distributed_timeout_minutes)
     from megatron_ross.parallel.groups import initialize_groups
+    from megatron_ross.training.lease import leased
     from megatron_ross.training.trainer import Trainer
 
     groups = initialize_groups(
@@ -70,10 +73,56 @@ def _train(argv: Sequence[str], world_size: int) -> None:
         tie_embeddings=start.manifest.model.language.share_embeddings_and_output_weights,
         seed=run.loss.seed,
     )
-    Trainer(run, start, layout, groups).train()
+    folder = run.training.save
+    with leased(Path(folder), partial(check_unchanged, run, start)) if folder else nullcontext():
+        Trainer(run, start, layout, groups).train()
+
+
+def checked_start(
+    run: RunConfig, world_size: int, available: Callable[[], Available | None]
+) -> tuple[Start, StageLayout, list[str]]:
+    """Everything that can be known before a process group exists: settings, checkpoint, layout, machine.
+
+    Imports and checks in this order: mistakes are found before anything slow starts, most of them without torch.
+
+    Args:
+        available: what the machine offers, asked last; None: features are not checked.
+
+    Returns:
+        Where the run starts, its layout, and warnings for the log.
+
+    Raises:
+        ConfigError, ValueError: the first thing that is wrong.
+    """
+    from megatron_ross.config.validate import validate_run
+    from megatron_ross.planner.auto import resolve_layout
+    from megatron_ross.training.start import refuse_to_mix, start_of
+
+    validate_run(run, world_size)
+    start = start_of(run)
+    refuse_to_mix(run)
+    layout = resolve_layout(run, start.manifest.model, world_size)
+    from megatron_ross.platform import quieten
+
+    quieten()
+    from megatron_ross.config.features import resolve_features
+    from megatron_ross.training.resumed import check_trained_parts
+
+    check_trained_parts(run, start)
+    machine = available()
+    if machine is not None:
+        resolve_features(run, machine)
+    if not run.data.latent_cache:
+        return start, layout, []
+    from megatron_ross.training.latents import check_latent_cache  # imports Megatron and diffusers
+
+    return start, layout, check_latent_cache(run, start.directory)
 
 
 def start_process_group(timeout_minutes: float) -> None:
+    import torch
+    import torch.distributed as dist
+
     from megatron_ross.platform import distributed_backend, ensure_platform
 
     if torch.cuda.is_available():

@@ -18,6 +18,7 @@ from megatron_ross.parallel.groups import ParallelGroups
 from megatron_ross.platform import current_device
 from megatron_ross.training.data import (
     TrainingSet,
+    agree_on_data,
     build_loader,
     build_valid_dataset,
     build_valid_order,
@@ -69,9 +70,11 @@ class Observations:
         if settings.eval_interval is None and settings.sample_interval is None:
             return
         valid = build_valid_dataset(run, model.vision, assets)
+        if valid is not None:
+            agree_on_data(valid)
         held_out = dataset if valid is None else valid
         if settings.eval_interval is not None:
-            order = build_valid_order(run, held_out)
+            order = build_valid_order(run, held_out, beat)
             letters = {letter for chunk in chunks for letter in chunk.module.spec.letters}
             loader = build_loader(run, held_out, order, groups, letters=letters)
             breakdown = LossBreakdown(

@@ -51,10 +51,13 @@ class _Guards:
         self._run, self._order, self._empty = run, order, empty
         self._is_bad = _mask(survey.skipped, len(survey.num_tokens))
         self._is_mismatch = _mask(survey.found.get("mismatch", []), len(survey.num_tokens))
+        # A sample has one finding in training; a skipped or masked one is not counted again.
+        lacking = _mask(survey.found.get("lacks_images", []), len(survey.num_tokens))
+        self._lacks_images = lacking & ~self._is_bad & ~self._is_mismatch
         self._supervised = np.array(survey.num_supervised, dtype=np.int64)
         self._images = np.where(self._is_bad, 0, survey.num_images)
         self._quarantine = Quarantine(bad_sample_limits(run, order))
-        for kind in (*SKIPPED, "mismatch"):
+        for kind in (*SKIPPED, "mismatch", "lacks_images"):
             self._quarantine.examples += [f"{kind}: {example}" for example in survey.examples.get(kind, [])]
         del self._quarantine.examples[MAX_EXAMPLES:]
         self.tokens = self.images = 0
@@ -80,6 +83,7 @@ class _Guards:
         counts = self._quarantine.counts
         counts["bad"] += int(self._is_bad[ids].sum())
         counts["mismatch"] += int(self._is_mismatch[ids].sum())
+        counts["lacks_images"] += int(self._lacks_images[ids].sum())
         self._quarantine.check(consumed)
         tokens, images = int(self._supervised[ids].sum()), int(self._images[ids].sum())
         self.tokens += tokens

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
+from megatron_ross.checkpoint.locate import Kind, identify, megatron_checkpoint
 from megatron_ross.checkpoint.manifest import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
@@ -36,11 +38,18 @@ def start_of(run: RunConfig) -> Start:
         ValueError: the checkpoint cannot be used; to a run that resumes, the message offers the one before.
     """
     resumed = resumed_checkpoint(run)
-    directory = resumed or resolve_checkpoint(checkpoints_of(run.training.init_from))
+    directory = resumed or megatron_checkpoint(run.training.init_from, "init_from")
     try:
         return Start(directory, Manifest.read(directory), resumed is not None)
     except ValueError as error:
         raise ValueError(f"{error}{earlier_checkpoint(directory) if resumed else ''}") from None
+
+
+def with_image_conversion(run: RunConfig, start: Start | None) -> RunConfig:
+    """The run with `image_conversion` decided: a run that resumes goes on as it was trained, a new one as a viewer."""
+    trained = start.manifest.model.vision.image_conversion if start is not None and start.resumes else "viewer"
+    chosen = cast(Literal["viewer", "published"], run.data.image_conversion or trained)
+    return replace(run, data=replace(run.data, image_conversion=chosen))
 
 
 def resumed_checkpoint(run: RunConfig) -> Path | None:
@@ -55,6 +64,8 @@ def resumed_checkpoint(run: RunConfig) -> Path | None:
     if not run.training.load:
         return None
     root = checkpoints_of(run.training.load)
+    if (Path(run.training.load) / "config.json").is_file():
+        identify(run.training.load, "load").require("load", Kind.RUN, Kind.CHECKPOINT)
     named = iteration_of(root)
     if named is not None:
         _check_named(run, root, named)
@@ -65,6 +76,41 @@ def resumed_checkpoint(run: RunConfig) -> Path | None:
         return resolve_checkpoint(_unnamed(root) or root)
     except ValueError as error:
         raise ConfigError(f"load={run.training.load!r}: {error}; {_what_to_do(root)}") from None
+
+
+def refuse_to_mix(run: RunConfig) -> None:
+    """Refuse to save to a folder that holds checkpoints of a run that this one does not resume.
+
+    Two runs are the same if `load` names the folder that `save` names. Any other would replace checkpoints of the same
+    iteration, and turn `latest` back.
+
+    Raises:
+        ConfigError: names the folder, and what to give instead.
+    """
+    save, load = run.training.save, run.training.load
+    if not save:
+        return
+    root = Path(save) / CHECKPOINTS_NAME
+    if not _was_ever_saved(root) or (load and checkpoints_of(load).resolve() == root.resolve()):
+        return
+    iterations = complete_iterations(root)
+    held = f"iteration {iterations[-1]} is the last" if iterations else f"{root / LATEST_NAME} is there"
+    raise ConfigError(
+        f"save={save!r}: holds checkpoints of another run ({held}), and load={load!r} does not resume it; give "
+        f"load={save} to go on with that run, or another save for a new one"
+    )
+
+
+def check_unchanged(run: RunConfig, start: Start) -> None:
+    """Until it had the run folder for itself, another run may have saved there.
+
+    Raises:
+        ConfigError: it has; the start would be from an older checkpoint.
+    """
+    refuse_to_mix(run)
+    now = start_of(run).directory
+    if now != start.directory:
+        raise ConfigError(f"save={run.training.save!r}: another run has just saved {now}; start again")
 
 
 def _check_named(run: RunConfig, directory: Path, iteration: int) -> None:

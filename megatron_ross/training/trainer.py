@@ -22,7 +22,6 @@ from megatron_ross.config.features import resolve_features
 from megatron_ross.config.layout import StageLayout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.batch import RossMicrobatch
-from megatron_ross.data.order import SampleOrder
 from megatron_ross.data.run_files import RunFiles
 from megatron_ross.parallel.grad_sync import finalize_gradients
 from megatron_ross.parallel.groups import ParallelGroups
@@ -32,7 +31,7 @@ from megatron_ross.planner.workload import Work
 from megatron_ross.platform import current_device
 from megatron_ross.training.build import build_optimizer, build_scheduler, build_stages, wrap_ddp
 from megatron_ross.training.checkpoints import RunCheckpoints, Snapshot, trained_model, training_record
-from megatron_ross.training.data import build_dataset, build_loader, build_order, source_names
+from megatron_ross.training.data import agree_on_data, build_dataset, build_loader, build_order, source_names
 from megatron_ross.training.empty_steps import EmptySteps
 from megatron_ross.training.errors import TrainingError
 from megatron_ross.training.feature_table import feature_rows, feature_table
@@ -41,9 +40,10 @@ from megatron_ross.training.nonfinite import nonfinite_microbatches, samples_of,
 from megatron_ross.training.observations import Observations
 from megatron_ross.training.report import parameter_counts, stage_table
 from megatron_ross.training.rerun import start_rerun
+from megatron_ross.training.resumed import changed_settings, group_sizes, plan_start, record_of
 from megatron_ross.training.signals import StopSignal
 from megatron_ross.training.spikes import SpikeDetector
-from megatron_ross.training.start import Start
+from megatron_ross.training.start import Start, with_image_conversion
 from megatron_ross.training.step import StepResult, loss_scales, step_work, train_step
 from megatron_ross.training.straggler import StragglerReport
 from megatron_ross.training.user_buffers import start_user_buffers
@@ -54,6 +54,7 @@ class Trainer:
     """One run on one rank. `train()` runs it to its end, to a signal, or to an error that all ranks share."""
 
     def __init__(self, run: RunConfig, start: Start, layout: StageLayout, groups: ParallelGroups) -> None:
+        run = with_image_conversion(run, start)
         self.run, self.layout, self.groups = run, layout, groups
         self.folder = Path(run.training.save) if run.training.save else None
         self.files = RunFiles.of(run)
@@ -65,8 +66,11 @@ class Trainer:
             verify_checkpoint(source)
         self.assets = source / ASSETS_NAME
         self.dataset = build_dataset(run, manifest.model.vision, self.assets)
-        self.order = build_order(run, self.dataset)
-        self.train_iters = num_iterations(run, self.order)
+        agree_on_data(self.dataset)
+        self.group_sizes = group_sizes(run, start)
+        self.order = build_order(run, self.dataset, beat=self.watchdog.beat, group_sizes=self.group_sizes)
+        self.plan = plan_start(run, start, self.order)
+        self.train_iters = self.plan.train_iters
         start_user_buffers(run, manifest.model.language.hidden_size)
         self.stages = build_stages(manifest.model, run, layout, groups)
         if not start.resumes:
@@ -77,7 +81,9 @@ class Trainer:
             self.chunks, groups
         )
         self.optimizer = build_optimizer(self.chunks, run)
-        self.scheduler = build_scheduler(self.optimizer, run.optimizer, self.train_iters)
+        self.scheduler = build_scheduler(
+            self.optimizer, run.optimizer, self.plan.schedule, self.plan.progress.sequences
+        )
         self.loader = build_loader(
             run,
             self.dataset,
@@ -105,11 +111,12 @@ class Trainer:
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}
+        self.changes = changed_settings(run, start) if start.resumes else []
         if start.resumes:
             self._resume(source)
 
     def _resume(self, source: Path) -> None:
-        self.manifest, progress = load_checkpoint(source, self.stages, self.optimizer, self.scheduler, self.groups)
+        self.manifest, progress = load_checkpoint(source, self.stages, self.optimizer, self.groups)
         self.base = base_of(source) or source
         self.iteration, self.skipped, self.num_updates = (
             progress["iteration"],
@@ -206,7 +213,7 @@ class Trainer:
         scales = loss_scales(batches, self.run.loss, self.groups)
         with self.straggler.step():
             result = train_step(self.chunks, self.optimizer, batches, scales, self.groups, self.rerun)
-        self.scheduler.step(increment=1)
+        self.scheduler.step(increment=self.run.data.global_batch_size)
         self.iteration += 1
         self.num_updates += result.updated
         if not result.updated:
@@ -281,7 +288,9 @@ class Trainer:
             model=trained_model(self.manifest.model, self.run),
             sources=self.manifest.sources,
             dtypes=self.manifest.dtypes,
-            training=training_record(self.last_losses, self.run, data, str(self.layout)),
+            training=training_record(
+                self.last_losses, self.run, data, str(self.layout), record_of(self.plan, self.group_sizes)
+            ),
             base=self.checkpoints.relative_base(self.base, self.iteration) if trainable_only else None,
         )
         progress = {
@@ -296,7 +305,6 @@ class Trainer:
             return training_state(
                 self.stages,
                 self.optimizer,
-                self.scheduler,
                 progress,
                 self.groups,
                 trainable_only=trainable_only,
@@ -314,7 +322,7 @@ class Trainer:
         counts = parameter_counts(self.stages, self.groups)
         if self.folder is not None and dist.get_rank() == 0:
             write_resolved(self.run, self.folder / "config.yaml")
-        sequences, per_epoch = self.train_iters * self.run.data.global_batch_size, self.order.epoch_length(0)
+        sequences, per_epoch = self.plan.num_sequences, self.order.epoch_length(0)
         self._print(stage_table(self.layout, counts))
         self._print(self._features())
         self._print(
@@ -322,6 +330,14 @@ class Trainer:
             f"{self.run.data.global_batch_size}, {self.train_iters:,} steps = {sequences / per_epoch:.2f} epochs; "
             f"starting at iteration {self.iteration}"
         )
+        if self.changes:
+            self._print(f"settings that differ from the checkpoint's: {'; '.join(self.changes)}")
+        if self.plan.progress.continued_at is not None:
+            optimizer = self.run.optimizer
+            how = f"lr_continue={optimizer.lr_continue}" if optimizer.lr_continue else "lr_decay_style=constant"
+            self._print(
+                f"the run goes on after its end at iteration {self.plan.progress.continued_at}: learning rate by {how}"
+            )
 
     def _features(self) -> str:
         available = probe()
@@ -331,14 +347,3 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self.groups.is_logging_rank:
             self.files.say(text)
-
-
-def num_iterations(run: RunConfig, order: SampleOrder) -> int:
-    """`train_iters`, or enough steps to see every sample `num_epochs` times; the last may reach into the next epoch."""
-    if run.training.train_iters is not None:
-        return run.training.train_iters
-    whole, rest = divmod(run.training.num_epochs, 1)
-    sequences = sum(order.epoch_length(epoch) for epoch in range(int(whole)))
-    if rest:
-        sequences += math.ceil(rest * order.epoch_length(int(whole)))
-    return max(1, math.ceil(sequences / run.data.global_batch_size))

@@ -1,8 +1,8 @@
 """Asks an export with stock transformers, of whichever version is imported; run by tests in a process of its own.
 
-    python ask_transformers.py FOLDER QUESTIONS.json
+    python ask_transformers.py FOLDER QUESTIONS.json ANSWERS.json
 
-Prints one JSON object. Imports nothing of this project.
+Writes one JSON object; some versions print hints of their own. Imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -79,4 +79,4 @@ if __name__ == "__main__":
     result = {"version": transformers.__version__, "tokenizer": tokenizer_facts(sys.argv[1])}
     kind = json.loads((Path(sys.argv[1]) / "config.json").read_text())["model_type"]
     result |= (ask_llava if kind == "llava" else ask_language_model)(sys.argv[1], arguments)
-    print(json.dumps(result))
+    Path(sys.argv[3]).write_text(json.dumps(result))

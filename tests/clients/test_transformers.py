@@ -34,10 +34,11 @@ def ask(folder: Path, questions: list[dict[str, Any]], major: int, environment: 
         environment = environment | {"PYTHONPATH": str(ENVIRONMENT / "transformers-4")}
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([question | {"max_new_tokens": MAX_NEW_TOKENS} for question in questions]))
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(path)]
+    answers = tmp_path / "answers.json"
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(path), str(answers)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(answers.read_text())
     assert said["version"].startswith(f"{major}.")
     return said
 

@@ -49,6 +49,7 @@ def test_checkpoints_and_exports_follow_the_run(settings: dict[str, Any], tmp_pa
     assert padded == run_ranks(curve, 2, settings | STAGE_1, 1)[0]["losses"][0]
     assert abs(square[1] - padded[1]) > 1e-5
     resumed = settings | STAGE_1 | {"train_iters": 2, "init_from": "", "load": str(stage_1), "save": str(again)}
+    resumed |= {"lr_continue": "schedule"}
     run_ranks(curve, 2, resumed, 1, save=True)
     assert mode_of(again) == "square"
     export_checkpoint(stage_1 / "checkpoints", tmp_path / "hf", "ross")

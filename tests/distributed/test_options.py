@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ross.config.schema import TrainingConfig
+from megatron_ross.data.order import SampleOrder
 from megatron_ross.parity.gather import gather_values
 from megatron_ross.training.build import build_scheduler
+from megatron_ross.training.schedule import plan_training
 from tests.helpers import golden, variants
 from tests.helpers.batches import IMAGES_EVERYWHERE, make_batch
 from tests.helpers.distributed import run_ranks
@@ -147,11 +150,12 @@ def rates_of_parameters(rank: int, world_size: int, path: Any, flat: dict[str, A
     session = open_session(path, flat | {"weight_decay": 0.1, "lr_warmup_fraction": 0.03})
     try:
         optimizer = session.optimizer
-        scheduler = build_scheduler(optimizer, session.run.optimizer, 100)
+        plan = plan_training(replace(session.run, training=TrainingConfig(train_iters=100)), SampleOrder(1), None)
+        scheduler = build_scheduler(optimizer, session.run.optimizer, plan.schedule)
         schedule = []
         for _ in range(100):
             schedule.append(max(group["lr"] for group in optimizer.param_groups))
-            scheduler.step(increment=1)
+            scheduler.step(increment=session.run.data.global_batch_size)
             if len(schedule) == 3:
                 peak = {id(group): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
         inner = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -199,3 +203,12 @@ def test_learning_rates_and_weight_decay_of_every_tensor(model: str, setting: st
     schedule = recorded["lr_schedule"]
     scale = max(rate for rate, _ in expected.values()) / schedule["peak"]
     assert got["lr"] == pytest.approx([rate * scale for rate in schedule["lr_per_step"]], rel=1e-6, abs=1e-12)
+
+
+def test_one_module_may_learn_alone_at_its_own_rate(stored: dict[str, Stored]) -> None:
+    """With `lr` 0: a module's minimum is a share of it as `min_lr` is of `lr`, and there is none."""
+    (got,) = run_ranks(rates_of_parameters, 1, stored["qwen2_siglip"].path, {"lr": 0.0, "mm_projector_lr": 3e-5})
+    assert {name for name, (rate, _) in got["rates"].items() if rate > 0} == {
+        name for name in got["rates"] if name.startswith(PROJECTOR)
+    }
+    assert max(got["lr"]) == pytest.approx(3e-5)

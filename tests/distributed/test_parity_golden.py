@@ -15,8 +15,7 @@ import torch.distributed as dist
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.parity.fixture import load_fixture
 from megatron_ross.parity.main import CHECKS, check_model
-from megatron_ross.platform import ensure_platform
-from megatron_ross.training.main import quieten
+from megatron_ross.platform import ensure_platform, quieten
 from tests.helpers import golden
 from tests.helpers.distributed import run_ranks
 

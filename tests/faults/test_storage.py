@@ -142,6 +142,7 @@ def test_training_goes_on_while_the_disk_of_the_run_is_full(
         assert said.count(f"warning: cannot write {run_disk / name} (No space left on device); training goes on") == 1
     assert complete_iterations(run_disk / "checkpoints") == [18]
     resumed = flat | {"load": str(run_disk), "init_from": "", "train_iters": 19, "save_interval": 100}
+    resumed |= {"lr_continue": "constant"}
     assert run_ranks(train, 2, resumed) == ["", ""]
 
 

@@ -12,11 +12,25 @@ from hypothesis import strategies as st
 
 from megatron_ross.data import records
 from megatron_ross.data.errors import ImageError, RecordError
+from megatron_ross.data.formats import has_image, word_count
 from megatron_ross.data.index import RecordFile
-from megatron_ross.data.records import ImageRoot, parse_record, word_count
+from megatron_ross.data.records import ImageRoot, parse_record
 from tests.helpers.hostile import attempt, json_values, nested_json
 
-KEYS = ("id", "image", "conversations", "from", "value")
+KEYS = (
+    "id",
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "system",
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "path",
+)
 TURNS = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
 PIECES = ["..", ".", "/", "//", "sub", "link", "out", "a.png", "\\", "\0", "~", "file:"]
 NAMES = st.one_of(
@@ -29,6 +43,7 @@ NAMES = st.one_of(
 @example(raw={"id": 10**5000, "conversations": TURNS})
 def test_records_of_any_shape(raw: Any) -> None:
     assert word_count(raw) >= 0
+    assert has_image(raw) in (True, False)
     record, message = attempt(RecordError, parse_record, raw, "data.json[3]")
     if record is None:
         assert message.startswith("data.json[3]")

@@ -14,7 +14,6 @@ DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda130",
-    "pyarrow": "datasets",
 }
 OURS = {"megatron_ross", "ross_kernels"}
 FROM_SOURCE = {"apex", "lmms_eval", "vlmeval", "vllm"}

@@ -23,6 +23,7 @@ LAYERS = [
     {"checkpoint", "convert"},
     {"training", "huggingface", "evaluation"},
     {"parity"},
+    {"cli"},
 ]
 
 # Only the standard library, so that they run on a laptop without torch; exceptions by file.
@@ -60,6 +61,8 @@ HEAVY = {
         "megatron_ross/convert/*",
         "megatron_ross/huggingface/*",
         "megatron_ross/evaluation/*",
+        "megatron_ross/parity/preprocessing.py",
+        "megatron_ross/cli/*",
         "tools/*",
         "examples/*",
     ],
@@ -71,6 +74,7 @@ HEAVY = {
     "vlmeval": ["megatron_ross/evaluation/vlmevalkit/*"],
     "accelerate": ["megatron_ross/evaluation/lmms_eval/*"],
     "datasets": [],
+    "pyarrow": ["megatron_ross/data/parquet.py", "megatron_ross/evaluation/builtin/*"],
 }
 # Data stays free of the engine: loaders run in worker processes that must start fast.
 NO_ENGINE = ["megatron_ross/data/*", "kernels/*"]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ross.cli.main import COMMANDS
+from megatron_ross.config.recipes import recipe_names
 from tests.helpers.requirements import extras
 from tests.helpers.sources import ROOT, project_files
 
@@ -87,7 +89,9 @@ def problem(command: Command) -> str | None:
     if name == "make":
         return make_problem(arguments)
     if name == "torchrun":
-        return script_problem(after_torchrun_options(arguments))
+        return torchrun_problem(after_torchrun_options(arguments))
+    if name == "megatron-ross":
+        return own_problem(arguments)
     if re.fullmatch(r"python[\d.]*", name):
         return python_problem(arguments)
     if name == "pip":
@@ -117,6 +121,8 @@ def make_problem(arguments: list[str]) -> str | None:
 def python_problem(arguments: list[str]) -> str | None:
     if arguments[:1] == ["-m"]:
         module, rest = arguments[1], arguments[2:]
+        if module == "megatron_ross.cli":
+            return own_problem(rest)
         if importlib.util.find_spec(module) is None:
             return f"no module {module}"
         return pip_problem(rest) if module == "pip" else path_problem(rest)
@@ -142,8 +148,25 @@ def path_problem(arguments: list[str]) -> str | None:
     return None
 
 
+def own_problem(arguments: list[str]) -> str | None:
+    """`megatron-ross COMMAND` with its flags."""
+    command, *rest = arguments or ["--help"]
+    if command in ("--help", "--version"):
+        return None
+    if command not in COMMANDS:
+        return f"megatron-ross has no command {command}"
+    return flag_problem(f"megatron-ross {command}", ("-m", "megatron_ross.cli", command), rest)
+
+
+def torchrun_problem(arguments: list[str]) -> str | None:
+    """What torchrun starts: a script of ours, `-m MODULE`, or after --no-python a program."""
+    if arguments[:1] == ["--no-python"]:
+        return own_problem(arguments[2:]) if arguments[1:2] == ["megatron-ross"] else f"unknown {arguments[1:2]}"
+    return python_problem(arguments) if arguments[:1] == ["-m"] else script_problem(arguments)
+
+
 def after_torchrun_options(arguments: list[str]) -> list[str]:
-    while arguments and arguments[0].startswith("-"):
+    while arguments and arguments[0].startswith("-") and arguments[0] not in ("-m", "--no-python"):
         flag, equals, _ = arguments[0].lstrip("-").partition("=")
         if flag.replace("_", "-") not in TORCHRUN_FLAGS and flag != "standalone":
             return [f"torchrun option --{flag} (unknown to this test)"]
@@ -156,21 +179,29 @@ def script_problem(arguments: list[str]) -> str | None:
     script, *rest = arguments
     if not (ROOT / script).is_file():
         return f"no file {script}"
-    known = flags_of(script) if any(word.startswith("--") for word in rest) else frozenset()
-    for word in rest:
+    return flag_problem(script, (script,), rest)
+
+
+def flag_problem(name: str, program: tuple[str, ...], words: list[str]) -> str | None:
+    """A flag that the program's --help does not show, a recipe that there is not, or a path."""
+    known = flags_of(program) if any(word.startswith("--") for word in words) else frozenset()
+    for word in words:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag.replace("-", "_") not in known:
-            return f"{script} has no flag {flag}"
-    return path_problem(rest)
+            return f"{name} has no flag {flag}"
+        recipe = word.removeprefix("--config=").removeprefix("recipe:")
+        if word.removeprefix("--config=").startswith("recipe:") and recipe not in recipe_names():
+            return f"no recipe {recipe}"
+    return path_problem(words)
 
 
 @functools.cache
-def flags_of(script: str) -> frozenset[str]:
-    """Flags in the script's --help."""
+def flags_of(program: tuple[str, ...]) -> frozenset[str]:
+    """Flags in the program's --help; what python is called with."""
     env = os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, script, "--help"]
+    command = [sys.executable, *program, "--help"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{script} --help failed: {done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{program} --help failed: {done.stderr[-2000:]}"
     # - and _ are the same to our programs
     return frozenset(flag.replace("-", "_") for flag in [*re.findall(r"--[A-Za-z][\w.-]*", done.stdout), "--help"])
 
@@ -213,6 +244,11 @@ def test_readme_shows_the_two_commands() -> None:
         ("python tests/guard/flags_example.py --depth 3 --sizes=1", None),
         ("python tests/guard/flags_example.py --deep 3", "no flag --deep"),
         ("cd somewhere && frobnicate --all", "unknown command frobnicate"),
+        ("megatron-ross trian", "no command trian"),
+        ("megatron-ross train --lr 1 --config recipe:ross/finetune_siglip_qwen2", None),
+        ("megatron-ross train --learning-rate 1", "no flag --learning-rate"),
+        ("torchrun --nproc-per-node 2 -m megatron_ross.cli train --config recipe:ross/none", "no recipe ross/none"),
+        ("torchrun --nproc-per-node 2 --no-python megatron-ross generate --imag x", "no flag --imag"),
         ("python -m no_such_module", "no module"),
         ("pytest tests/guard/no_such_test.py", "no file"),
     ],

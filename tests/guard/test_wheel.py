@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ross.config.recipes import FOLDERS
 from tests.helpers.sources import ROOT, project_files
 
 PACKAGES = ("megatron_ross", "ross_kernels")
@@ -63,6 +64,22 @@ def test_every_module_is_in_the_wheel(wheel: Path) -> None:
         p.removeprefix("kernels/") for p in project_files(".py") if p.startswith(("megatron_ross/", "kernels/ross_"))
     }
     assert {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")} == committed
+
+
+def test_recipes_and_the_program_are_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"megatron_ross/recipes/{f}/{p.name}" for f in FOLDERS for p in (ROOT / "examples" / f).glob("*.yaml")}
+    assert {name for name in names if name.startswith("megatron_ross/recipes/")} == recipes
+    (entries,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "megatron-ross = megatron_ross.cli.main:main" in zipfile.ZipFile(wheel).read(entries).decode()
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "from megatron_ross.config.recipes import recipe_file; print(recipe_file('ross/finetune_siglip_qwen2'))"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(site), done.stderr
+    assert found.read_bytes() == (ROOT / "examples/ross/finetune_siglip_qwen2.yaml").read_bytes()
 
 
 def test_metadata(wheel: Path) -> None:

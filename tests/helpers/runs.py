@@ -22,9 +22,8 @@ from megatron_ross.data.collate import collate
 from megatron_ross.parallel.grad_sync import finalize_gradients
 from megatron_ross.parallel.groups import ParallelGroups, destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_gradients, gather_parameters
-from megatron_ross.platform import ensure_platform
+from megatron_ross.platform import ensure_platform, quieten
 from megatron_ross.training.build import build_optimizer, build_stages, wrap_ddp
-from megatron_ross.training.main import quieten
 from megatron_ross.training.step import compute_gradients, loss_scales
 from tests.helpers.batches import make_batch
 

@@ -20,10 +20,13 @@ START_S = 300.0
 
 
 class StartedRanks:
-    """Processes that train in the run folder `settings["save"]`, forked from a server that has imported torch."""
+    """Processes that train in the run folder `settings["save"]`, forked from a server that has imported torch.
 
-    def __init__(self, world_size: int, settings: dict[str, Any]) -> None:
-        self.folder = Path(settings["save"])
+    What they say goes to files there whose names begin with `log`.
+    """
+
+    def __init__(self, world_size: int, settings: dict[str, Any], log: str = "log") -> None:
+        self.folder, self._name = Path(settings["save"]), log
         arguments = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         port = free_port()
         context = multiprocessing.get_context("forkserver")
@@ -36,7 +39,7 @@ class StartedRanks:
             process.start()
 
     def _log(self, rank: int) -> Path:
-        return self.folder / f"log-{rank}"
+        return self.folder / f"{self._name}-{rank}"
 
     def said(self, rank: int) -> str:
         """Standard output and error of a rank."""
@@ -62,9 +65,9 @@ class StartedRanks:
 
 
 @contextlib.contextmanager
-def started_ranks(world_size: int, settings: dict[str, Any]) -> Iterator[StartedRanks]:
+def started_ranks(world_size: int, settings: dict[str, Any], log: str = "log") -> Iterator[StartedRanks]:
     """Ranks that are gone afterwards."""
-    ranks = StartedRanks(world_size, settings)
+    ranks = StartedRanks(world_size, settings, log)
     try:
         yield ranks
     finally:

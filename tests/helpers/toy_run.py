@@ -16,8 +16,7 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.validate import resolve_layout, validate_run
 from megatron_ross.parallel.groups import destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_parameters
-from megatron_ross.platform import ensure_platform
-from megatron_ross.training.main import quieten
+from megatron_ross.platform import ensure_platform, quieten
 from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.variants import make_variant

@@ -36,6 +36,8 @@ POLL_S = 0.1
 GRACE_S = 10.0
 STOPPED_BY = "stopped by "
 """How the last line of a training begins that a signal ended early."""
+PROGRAM = (sys.executable, "-m", "megatron_ross.cli")
+"""`megatron-ross`, wherever this interpreter finds the package."""
 Say = Callable[[str], None]
 
 
@@ -83,7 +85,7 @@ def begin_start(config: AblationConfig, seed: int, conditions: dict[str, str]) -
 def start_steps(config: AblationConfig, seed: int) -> list[Step]:
     """Convert the shared parts, with projector and denoiser fresh from `seed`, and train what arms have in common."""
     start = config.start
-    command = [sys.executable, "tools/convert_hf_to_megatron.py", "--llm", start.llm, "--vae", start.vae]
+    command = [*PROGRAM, "import", "--llm", start.llm, "--vae", start.vae]
     command += ["--vision-tower", start.vision_tower, "--denoiser-type", start.denoiser_type, "--seed", str(seed)]
     if start.denoiser_width is not None:
         command += ["--denoiser-width", str(start.denoiser_width)]
@@ -94,36 +96,37 @@ def start_steps(config: AblationConfig, seed: int) -> list[Step]:
         configs = [part for path in config.start.train for part in ("--config", path)]
         own = ["--init-from", str(folder), "--save", save, "--load", save, "--seed", str(seed)]
         product = init_from(config, seed) / LATEST_NAME
-        steps.append(Step("common training", [*launcher(config), "pretrain_ross.py", *configs, *own], product))
+        steps.append(Step("common training", [*launcher(config), *configs, *own], product))
     return steps
 
 
 def launcher(config: AblationConfig) -> list[str]:
     """What starts a training on the ablation's number of processes."""
     if config.processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
+        return [*PROGRAM, "train"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*torchrun, str(config.processes), *PROGRAM[1:], "train"]
 
 
 def run_steps(config: AblationConfig, run: Run) -> list[Step]:
     """Train, export, answer and, where the denoiser has learned, reconstruct."""
-    python, trained, exported = sys.executable, run.folder / "run", run.folder / "hf"
+    trained, exported = run.folder / "run", run.folder / "hf"
     configs = [part for path in (*config.train, overlay_path(run)) for part in ("--config", str(path))]
     answer = ["--checkpoint", str(exported), "--questions", config.questions, "--images", config.image_folder]
     steps = [
-        Step("training", [*launcher(config), "pretrain_ross.py", *configs]),
+        Step("training", [*launcher(config), *configs]),
         Step(
             "export",
             [
-                *(python, "tools/convert_megatron_to_hf.py", "--checkpoint", str(trained / CHECKPOINTS_NAME)),
+                *(*PROGRAM, "export", "--checkpoint", str(trained / CHECKPOINTS_NAME)),
                 *("--format", "ross", "--output", str(exported)),
             ],
             exported,
         ),
-        Step("answers", [python, "tools/answer_questions.py", *answer, "--output", str(run.folder / "answers.json")]),
+        Step("answers", [*PROGRAM, "answer-questions", *answer, "--output", str(run.folder / "answers.json")]),
     ]
     if run.arm.reconstructs:
-        paint = [python, "tools/reconstruct.py", "--checkpoint", str(exported), "--images", config.paint.images]
+        paint = [*PROGRAM, "reconstruct", "--checkpoint", str(exported), "--images", config.paint.images]
         paint += ["--output", str(run.folder / "reconstructions"), "--limit", str(config.paint.limit)]
         steps.append(Step("reconstruction", paint if run.arm.regresses else [*paint, "--steps", config.paint.steps]))
     return steps
@@ -146,7 +149,7 @@ def execute(config: AblationConfig, runs: Sequence[Run], jobs: int, root: Path, 
 
     Args:
         jobs: runs at a time.
-        root: the repository, where the commands run.
+        root: where the commands run and the ablation's paths start.
 
     Raises:
         AblationError: a step failed, or the ablation's files changed meanwhile.

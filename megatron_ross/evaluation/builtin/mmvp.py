@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_ross.data.images import decode_image
+from megatron_ross.data.images import open_decodable
 from megatron_ross.evaluation.generate import Decoding
 
 QUESTIONS_FILE, IMAGES_FOLDER = "Questions.csv", "MMVP Images"
@@ -85,7 +85,7 @@ def _read_row(row: dict[str, Any], folder: Path | None, where: str) -> MmvpQuest
             f"{where}: an index, options '(a) ... (b) ...' and an answer '(a)' or '(b)' are needed: {shown}"
         )
     if folder is None:
-        image: Path | Image.Image = decode_image((fields.get("image") or {}).get("bytes") or b"", where)
+        image: Path | Image.Image = open_decodable((fields.get("image") or {}).get("bytes") or b"", where)
     else:
         image = folder / IMAGES_FOLDER / f"{int(index)}.jpg"
         if not image.is_file():
@@ -95,10 +95,8 @@ def _read_row(row: dict[str, Any], folder: Path | None, where: str) -> MmvpQuest
 
 
 def _read_parquet(files: Sequence[Path]) -> list[MmvpQuestion]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("parquet files need pyarrow: pip install -e '.[eval]'") from None
+    from pyarrow import parquet  # only they need it
+
     rows = [(file, n, row) for file in files for n, row in enumerate(parquet.read_table(file).to_pylist(), 1)]
     return [_read_row(row, None, f"{file}, row {n}") for file, n, row in rows]
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_ross.checkpoint.manifest import Manifest, iteration_dir, write_latest
 from megatron_ross.config.cli import ConfigError
 from megatron_ross.config.schema import RunConfig
-from megatron_ross.training.start import resumed_checkpoint, start_of
+from megatron_ross.training.start import check_unchanged, refuse_to_mix, resumed_checkpoint, start_of
 from tests.helpers.golden import model_config
 
 
@@ -95,3 +95,38 @@ def test_one_checkpoint_of_the_run_itself_cannot(tmp_path: Path) -> None:
     advice = rf"write 4 into .*latest_checkpointed_iteration\.txt, and give load={tmp_path}$"
     with pytest.raises(ConfigError, match=advice):
         resumed_checkpoint(_run(named, save=str(tmp_path)))
+
+
+def test_the_checkpoints_of_another_run_are_not_saved_over(tmp_path: Path) -> None:
+    """The same run is the one whose `load` and `save` are one folder, by whatever names."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    _write(own, 2)
+    _write(other, 4)
+    (tmp_path / "link").symlink_to(own)
+    for load in (own, own / "checkpoints", tmp_path / "link"):
+        refuse_to_mix(_run(load, save=str(own)))
+    refuse_to_mix(_run(other, save=str(tmp_path / "new")))
+    refuse_to_mix(RunConfig.from_flat({"load": str(own)}))
+    for load in ("", str(other), str(iteration_dir(other / "checkpoints", 4))):
+        run = RunConfig.from_flat({"load": load, "init_from": "somewhere", "save": str(own)})
+        with pytest.raises(ConfigError, match=rf"^save='{own}': .*iteration 2 is the last.*give load={own} to go on"):
+            refuse_to_mix(run)
+    shutil.rmtree(iteration_dir(own / "checkpoints", 2))  # damaged, and all the more another run's
+    with pytest.raises(ConfigError, match=r"latest_checkpointed_iteration\.txt is there"):
+        refuse_to_mix(RunConfig.from_flat({"init_from": "somewhere", "save": str(own)}))
+
+
+def test_what_only_a_killed_first_save_left_is_no_other_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "iter_0000003.incomplete").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").touch()
+    refuse_to_mix(RunConfig.from_flat({"init_from": "somewhere", "save": str(tmp_path)}))
+
+
+def test_a_run_that_saved_meanwhile_is_noticed(tmp_path: Path) -> None:
+    _write(tmp_path, 4)
+    run = _run(tmp_path, save=str(tmp_path))
+    start = start_of(run)
+    check_unchanged(run, start)
+    _write(tmp_path, 5)
+    with pytest.raises(ConfigError, match=r"another run has just saved .*iter_0000005; start again"):
+        check_unchanged(run, start)

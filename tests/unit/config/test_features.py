@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from megatron_ross.checkpoint.manifest import Manifest
 from megatron_ross.compat import Available, probe
 from megatron_ross.config.cli import ConfigError, parse_run_config
 from megatron_ross.config.features import attention_environment, check_fp8_sizes, resolve_features, sequence_multiple
 from megatron_ross.config.layout import parse_layout
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.config.validate import resolve_layout
+from megatron_ross.convert.known_models import known_model
 from megatron_ross.training.feature_table import feature_rows, feature_table
 from tests.helpers.golden import model_config
 from tests.helpers.sources import ROOT
@@ -321,7 +323,8 @@ def test_probe_agrees_with_this_machine() -> None:
 def test_a_refusal_comes_before_any_process_group(tmp_path: Path) -> None:
     """Rank 0 of two, whose peer never starts: a process group would wait for it."""
     (tmp_path / "data.json").write_text("[]")
-    flags = ["--data-path", str(tmp_path / "data.json"), "--init-from", "nowhere", "--fp8", "hybrid", "--bf16"]
+    Manifest(iteration=0, model=known_model("qwen2-0.5b+clip-l-336")).write(tmp_path)
+    flags = ["--data-path", str(tmp_path / "data.json"), "--init-from", str(tmp_path), "--fp8", "hybrid", "--bf16"]
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, ROOT / "pretrain_ross.py", *flags],

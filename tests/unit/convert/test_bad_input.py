@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ross.checkpoint.manifest import Manifest, resolve_checkpoint
+from megatron_ross.cli import import_checkpoint as importing
 from megatron_ross.convert import atomic, importer
-from megatron_ross.convert.cli import export_checkpoint, import_checkpoint, run
+from megatron_ross.convert.cli import export_checkpoint, import_checkpoint
 from megatron_ross.convert.hf_io import WeightFolder, load_torch_tensors
 from megatron_ross.convert.torch_dist_writer import LazyTensor
 
@@ -180,9 +181,7 @@ def _convert(output: Path, capsys: pytest.CaptureFixture[str], **options: object
     """Run the import tool; it must fail with code 1 and one line, which is returned, and leave nothing."""
     arguments = [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", str(value))]
     output.parent.mkdir(exist_ok=True)
-    with pytest.raises(SystemExit) as exit_:
-        run(import_checkpoint, [*arguments, "--output", str(output)])
-    assert exit_.value.code == 1
+    assert importing.main([*arguments, "--output", str(output)]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     message = [line for line in error if line.startswith("error: ")]
     assert message == error[-1:]
@@ -285,8 +284,9 @@ def test_options_that_do_not_go_together(golden_dir: Path, tmp_path: Path, capsy
     assert "give --checkpoint, or both" in _convert(output, capsys, llm=golden_dir / "llm_qwen2")
     both = {"checkpoint": golden_dir / "ross_qwen2_siglip", "llm": golden_dir / "llm_qwen2"}
     assert "--checkpoint is a whole model" in _convert(output, capsys, **both)
-    assert "neither a folder nor a hub id" in _convert(output, capsys, checkpoint="no such folder")
-    assert "cannot download nobody/nothing" in _convert(output, capsys, checkpoint="nobody/nothing")
+    assert "checkpoint='nowhere at all': no such folder" in _convert(output, capsys, checkpoint="nowhere at all")
+    offline = _convert(output, capsys, checkpoint="nobody/nothing")
+    assert "checkpoint='nobody/nothing': no such folder, and as a hub id it cannot be" in offline
 
 
 class _Hostile:
@@ -343,7 +343,7 @@ def test_disk_that_gets_full_while_importing(golden_arguments: dict[str, str], t
     arguments = [item for name, value in golden_arguments.items() for item in (f"--{name}", value)]
     arguments += ["--output", str(tmp_path / "out")]
     result = _limited(
-        f"from megatron_ross.convert.cli import import_checkpoint, run\nrun(import_checkpoint, {arguments!r})"
+        f"import sys; from megatron_ross.cli.import_checkpoint import main; sys.exit(main({arguments!r}))"
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: [Errno 27] cannot write: File too large")
@@ -356,7 +356,7 @@ def test_disk_that_gets_full_while_importing(golden_arguments: dict[str, str], t
 def test_disk_that_gets_full_while_exporting(format_: str, imported: Callable[[str], Path], tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(imported("qwen2_siglip")), "--output", str(tmp_path / "out"), "--format", format_]
     result = _limited(
-        f"from megatron_ross.convert.cli import export_checkpoint, run\nrun(export_checkpoint, {arguments!r})"
+        f"import sys; from megatron_ross.cli.export_checkpoint import main; sys.exit(main({arguments!r}))"
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: [Errno 27] cannot write: File too large")

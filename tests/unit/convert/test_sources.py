@@ -60,6 +60,7 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
+    monkeypatch.setattr(sources, "unreachable_hub", lambda: "")
     monkeypatch.setattr(sources, "list_repo_files", lambda name: FLUX)
     monkeypatch.setattr(sources, "snapshot_download", download)
     assert resolve_source("owner/flux", subfolder="vae") == tmp_path / "vae"
@@ -67,14 +68,17 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert source_name("owner/flux") == "owner/flux"
 
 
-def test_without_network_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found_out", ["before", "while listing"])
+def test_without_network_the_cache_is_used(found_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def list_files(name: str) -> list[str]:
+        assert found_out == "while listing"
         raise ConnectionError("no network")
 
     def download(name: str, local_files_only: bool = False) -> str:
         assert local_files_only
         return str(tmp_path)
 
+    monkeypatch.setattr(sources, "unreachable_hub", lambda: "no network" if found_out == "before" else "")
     monkeypatch.setattr(sources, "list_repo_files", list_files)
     monkeypatch.setattr(sources, "snapshot_download", download)
     assert resolve_source("owner/name") == tmp_path

@@ -9,10 +9,11 @@ import pytest
 import sentencepiece
 
 from megatron_ross.config.model import IGNORE_LABEL, IMAGE_TOKEN_ID
-from megatron_ross.data.conversation import encode_conversation
+from megatron_ross.data.conversation import encode_conversation, encode_question
 from megatron_ross.data.errors import ConversationError
 from megatron_ross.data.records import Turn, parse_record
 from megatron_ross.data.tokenizer import TextTokenizer
+from megatron_ross.huggingface.chat_templates import chat_template
 
 FILES = ["text_plain_qwen2", "text_plain_vicuna", "text_qwen_2_qwen2", "text_v1_vicuna", "text_v1_vicuna_legacy"]
 
@@ -203,3 +204,75 @@ def test_sentencepiece_rules_equal_the_sentencepiece_library(golden, vicuna, leg
     for _ in range(500):
         text = "".join(rng.choice(words) for _ in range(rng.randrange(12)))
         assert tokenizer.encode(text) == _slow_encode(model, text, legacy), repr(text)
+
+
+SYSTEM = "You are a careful painter.  Answer in 3 words. "
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), [("qwen_2", "llm_qwen2"), ("v1", "llm_vicuna")])
+@pytest.mark.parametrize("num_images", [0, 1])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_records_system_text_takes_the_place_of_the_templates(request, template, tokenizer, num_images, reference):
+    """The same ids as the exported chat template's, and the same labels as without it."""
+    question = "<image>\nWho?" if num_images else "Who?"
+    turns = _turns(question, "An astronaut.", "Where?", "In orbit.")
+    text_tokenizer = _tokenizer(request, tokenizer, legacy=True)
+    own, default = (
+        encode_conversation(t, template, text_tokenizer, num_images=num_images, max_length=999, reference=reference)
+        for t in ([Turn("system", SYSTEM), *turns], turns)
+    )
+    assert not own.mismatch
+    messages = [{"role": {"human": "user", "gpt": "assistant"}[t.role], "content": t.text} for t in turns]
+    hf = request.getfixturevalue({"llm_qwen2": "qwen", "llm_vicuna": "vicuna"}[tokenizer])
+    prompt = hf.apply_chat_template(
+        [{"role": "system", "content": SYSTEM}, *messages], chat_template=chat_template(template), tokenize=False
+    )
+    assert SYSTEM in prompt
+    assert own.input_ids == text_tokenizer.encode_with_images(prompt)
+    supervised = [
+        [i for i, label in zip(e.input_ids, e.labels, strict=True) if label != IGNORE_LABEL] for e in (own, default)
+    ]
+    assert supervised[0] == supervised[1]
+    assert len(own.labels) - len(default.labels) == len(own.input_ids) - len(default.input_ids) != 0
+    asked = encode_question([Turn("system", SYSTEM), *turns], template, text_tokenizer, num_images=num_images)
+    assert own.input_ids[: len(asked) - 1] == asked[:-1]
+
+
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_llama3_puts_a_system_text_under_its_own_header(num_images):
+    question = "<image>\nWho?" if num_images else "Who?"
+    turns = [Turn("system", SYSTEM), *_turns(question, "Me.", "Where?", "Here.")]
+    encoded = encode_conversation(turns, "llama3", _ByteTokenizer(), num_images=num_images, max_length=999)
+    assert not encoded.mismatch
+    assert bytes(encoded.input_ids[1 : 1 + len(SYSTEM) + 11]) == b"\x01system\x02\n\n" + SYSTEM.encode() + b"\x03"
+    assert bytes(i for i in encoded.labels if i != IGNORE_LABEL) == b"Me.\x03Here.\x03"
+
+
+def test_plain_has_no_place_for_a_system_text(request):
+    turns = [Turn("system", SYSTEM), *_turns("<image>", "A cat.")]
+    for encode in (
+        lambda: encode_conversation(turns, "plain", _tokenizer(request, "llm_qwen2"), num_images=1, max_length=99),
+        lambda: encode_question(turns, "plain", _tokenizer(request, "llm_qwen2"), num_images=1),
+    ):
+        with pytest.raises(ConversationError, match="template 'plain' has no place for a system text"):
+            encode()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"conversations": [{"from": "system", "value": SYSTEM}, {"from": "human", "value": "a"}]},
+        {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "a"}]},
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+                {"role": "user", "content": "a"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "a"}], "system": SYSTEM},
+    ],
+)
+def test_system_texts_are_found(raw):
+    assert parse_record(raw, "f").turns == (Turn("system", SYSTEM), Turn("human", "a"))
+    empty = json.loads(json.dumps(raw).replace(json.dumps(SYSTEM), '" "'))
+    assert parse_record(empty, "f").turns == (Turn("human", "a"),), "the template's own"

@@ -28,6 +28,38 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PHOTOS = ["portrait.jpg", "landscape.png", "square.png", "gray.png", "exif_orientation6.jpg"]
 
 
+def _stored(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _peculiar_files(golden: Path) -> dict[str, tuple[bytes, bool]]:
+    """Files with pictures of 200 pixels that `image_conversion` decides about, and whether DALI takes `published`."""
+    photo = Image.open(golden / "preprocess/images/landscape.png").convert("RGB").resize((200, 150))
+    grey = photo.convert("L")
+    exif = Image.Exif()
+    exif[274] = 6
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 200).astype(np.uint8), (150, 1)))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    behind = _stored(photo, "PNG", exif=exif)
+    begin = behind.index(b"eXIf") - 4
+    chunk = behind[begin : begin + 12 + int.from_bytes(behind[begin : begin + 4])]
+    behind = behind.replace(chunk, b"").replace(behind[-12:], chunk + behind[-12:])
+    key = photo.getpixel((3, 3))
+    return {
+        "jpeg, turned": (_stored(photo, "JPEG", exif=exif), True),
+        "png, turned": (_stored(photo, "PNG", exif=exif), True),
+        "png, turned behind its pixels": (behind, True),
+        "png, colour key": (_stored(photo, "PNG", transparency=key), True),
+        "png, grey key": (_stored(grey, "PNG", transparency=grey.getpixel((3, 3))), True),
+        "png, alpha": (_stored(Image.merge("RGBA", [*photo.split(), alpha]), "PNG"), False),
+        "png, grey and alpha": (_stored(Image.merge("LA", [grey, alpha]), "PNG"), False),
+        "png, 16-bit": (_stored(deep, "PNG"), False),
+        "tiff, float": (_stored(Image.fromarray(np.asarray(grey) / np.float32(255)), "TIFF"), False),
+    }
+
+
 def _photo_files(golden: Path, longer_side: int) -> list[bytes]:
     """The golden photographs as JPEG and PNG files of a chosen size."""
     files = []
@@ -69,6 +101,21 @@ def test_photographs_differ_by_little(golden, tower, size, mode):
         difference = (dali - pillow).abs() * torch.tensor(processor.std)[:, None, None] * 255
         assert difference.max() <= 8
         assert difference.mean() <= 0.6
+
+
+@pytest.mark.parametrize("conversion", ["viewer", "published"])
+def test_pictures_that_are_shown_in_two_ways(golden, conversion):
+    """What DALI would show otherwise goes to Pillow, and is counted; the rest differs by no more than photographs."""
+    processor = dataclasses.replace(_processor("siglip", 112, "square"), conversion=conversion)
+    other = dataclasses.replace(processor, conversion={"viewer": "published"}.get(conversion, "viewer"))
+    for name, (data, is_for_dali) in _peculiar_files(golden).items():
+        span = ImageSpan(0, 0, lambda data=data: processor(processor.decode(data, "a")), read_bytes=lambda d=data: d)
+        dali, pillow, fallbacks = _both(processor, [span])
+        assert fallbacks == (conversion == "viewer" or not is_for_dali), name
+        difference = (dali - pillow).abs() * 0.5 * 255
+        assert difference.max() <= 8, name
+        assert difference.mean() <= 0.6, name
+        assert (pillow[0] - other(other.decode(data, "a"))).abs().max() > 0.1, name
 
 
 @pytest.mark.parametrize(("tower", "model_class"), [("siglip", SiglipVisionModel), ("clip", CLIPVisionModel)])

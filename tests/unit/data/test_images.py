@@ -28,6 +28,7 @@ def _processor(metadata, tower: str, size: int, mode: str) -> ImageProcessor:
         image_mean=tuple(settings["image_mean"]),
         image_std=tuple(settings["image_std"]),
         image_aspect_ratio=mode,
+        image_conversion="published",
     )
     processor = ImageProcessor.from_config(vision)
     assert list(processor.pad_colour) == settings["pad_colour"]
@@ -35,7 +36,7 @@ def _processor(metadata, tower: str, size: int, mode: str) -> ImageProcessor:
 
 
 def _decode(golden, name: str) -> Image.Image:
-    return decode_image((golden / "preprocess/images" / name).read_bytes(), name)
+    return decode_image((golden / "preprocess/images" / name).read_bytes(), name, "published")
 
 
 def _assert_close(pixels: np.ndarray, expected: np.ndarray, metadata, name: str) -> None:

@@ -20,6 +20,7 @@ CHANGES: dict[str, Any] = {
     "vae": "b2",
     "image_size": 42,
     "image_aspect_ratio": "square",
+    "image_conversion": "published",
     "resize": "crop",
     "image_mean": (0.4, 0.5, 0.5),
     "image_std": (0.4, 0.5, 0.5),
@@ -51,6 +52,16 @@ def test_a_cache_from_before_filters_were_named_is_bicubic(tmp_path: Path) -> No
     check_cache(tmp_path, KEY)
     with pytest.raises(ValueError, match=r"other images \(resample\): bicubic, this model has bilinear"):
         check_cache(tmp_path, dataclasses.replace(KEY, resample="bilinear"))
+
+
+def test_an_older_cache_holds_published_images(tmp_path: Path) -> None:
+    create_cache(tmp_path, KEY)
+    stored = json.loads((tmp_path / "cache.json").read_text())
+    assert stored.pop("image_conversion") == "viewer"
+    (tmp_path / "cache.json").write_text(json.dumps(stored))
+    check_cache(tmp_path, dataclasses.replace(KEY, image_conversion="published"))
+    with pytest.raises(ValueError, match=r"other images \(image_conversion\): published, .*give image_conversion: pub"):
+        check_cache(tmp_path, KEY)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 99}'])

@@ -206,7 +206,7 @@ def test_lengths_are_exact_cached_and_the_same_in_processes(toy, qwen, processor
     monkeypatch.setattr(lengths_module, "_SPAWN_ABOVE", 0)
     monkeypatch.setattr(lengths_module, "_CHUNK", 5)
     assert measure(dataset, 2, False).tolist() == expected
-    monkeypatch.setattr(lengths_module, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(lengths_module, "map_samples", lambda *_: pytest.fail("measured again"))
     assert token_lengths(dataset, cache_folder=tmp_path / "cache").tolist() == expected
     other = RossDataset(toy / "data.json", toy / "images", qwen, "qwen_2", processor, 25, 512)
     assert other.fingerprint != dataset.fingerprint

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,12 +19,13 @@ from megatron_ross.checkpoint.manifest import ASSETS_NAME, Manifest, resolve_che
 from megatron_ross.config.cli import parse_run_config
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.quarantine import BadSamplePolicy, TooManyBadSamplesError
+from megatron_ross.data.rgb import KINDS
 from megatron_ross.data.survey import SKIPPED
 from megatron_ross.planner.workload import Work
 from megatron_ross.training.data import bad_sample_limits, build_dataset, build_order
 from megatron_ross.training.empty_steps import EmptySteps
 from megatron_ross.training.errors import TrainingError
-from megatron_ross.training.trainer import num_iterations
+from megatron_ross.training.schedule import num_iterations
 from tests.helpers.variants import make_variant
 
 ROOT = Path(__file__).parents[3]
@@ -118,6 +120,43 @@ def test_a_blend_is_reported_as_training_takes_it(tool, config, tmp_path, capsys
     for text in ("tokens per sample", "images per sample", "#####", "source 1_b: 14 samples", "(skipped in training)"):
         assert text in printed
     assert Image.open(tmp_path / "out/histograms.png").size[0] > 500
+
+
+@pytest.mark.parametrize("conversion", [None, "published"])
+def test_pictures_that_a_setting_decides_about_are_counted(conversion, tool, toy, checkpoint, tmp_path, capsys):
+    """Where training sees them; two in one sample are one finding."""
+    images = toy / "images"
+    deep = np.arange(40 * 30, dtype=np.uint16).reshape(30, 40) * 50
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(deep).save(images / "deep.png")
+    Image.fromarray(deep.astype(np.float32)).save(images / "float.tif")
+    Image.new("LA", (40, 30), (0, 9)).save(images / "ink.png")
+    Image.new("RGB", (40, 30)).save(images / "turned.jpg", exif=exif)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    names = ["deep.png", "float.tif", "ink.png", "turned.jpg", "1.png"]
+    records = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(names * 2)]
+    two = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, turns[1]]
+    records.append({"id": "two", "image": ["deep.png", "deep.png"], "conversations": two})
+    records.append({"id": "cut", "image": ["1.png"] * 6 + ["ink.png"], "conversations": [
+        {"from": "human", "value": "<image>\n" * 7}, turns[1]]})  # fmt: skip
+    (toy / "kinds.json").write_text(json.dumps(records))
+    arguments = [f"--data-path={toy / 'kinds.json'}", f"--image-folder={images}", f"--init-from={checkpoint}"]
+    arguments += ["--seq-length=100", f"--out={tmp_path / 'out'}", "--global-batch-size=2"]
+    assert tool.main(arguments + ([f"--image-conversion={conversion}"] if conversion else [])) == 0
+    printed = capsys.readouterr().out
+    (found,) = (s["found"] for s in json.loads((tmp_path / "out/report.json").read_text())["sources"].values())
+    assert {k: n for k, n in found.items() if k in KINDS} == {
+        "image_16_bit": 3, "image_float": 2, "image_transparent": 2, "image_rotated": 2
+    }  # fmt: skip
+    shown = (
+        "image_16_bit: 3 samples (image_conversion viewer: 16-bit grey, scaled to 8 bits; published: 16-bit grey, cl"
+    )
+    clipped = (
+        "image_16_bit: 3 samples (image_conversion published: 16-bit grey, clipped at 255; viewer: 16-bit grey, sc"
+    )
+    assert (shown in printed, clipped in printed) == (conversion is None, conversion is not None)
+    assert "image 'turned.jpg' is " + ("EXIF orientation ignored" if conversion else "turned as EXIF says") in printed
 
 
 def test_shards_of_a_blend_hold_what_training_can_use(tool, config, tmp_path, capsys, monkeypatch):

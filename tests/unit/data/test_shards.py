@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import tarfile
@@ -12,10 +13,11 @@ import webdataset
 
 from megatron_ross.config.paths import expand_braces
 from megatron_ross.data.dataset import ConcatDataset, RossDataset
-from megatron_ross.data.errors import SampleError
+from megatron_ross.data.errors import ImageError, RecordError, SampleError
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.loader import RossLoader
 from megatron_ross.data.order import BlendedOrder
+from megatron_ross.data.records import parse_record
 from megatron_ross.data.shards import ShardFile, write_sample
 
 
@@ -77,11 +79,74 @@ def test_webdatasets_shards_are_read_by_us(toy, qwen, processor, tmp_path):
 
 def test_shards_reopen_from_their_index_and_in_other_processes(shards, tmp_path, monkeypatch):
     first = ShardFile(shards / "s-001.tar", tmp_path / "cache")
-    monkeypatch.setattr("megatron_ross.data.shards._build", lambda file: pytest.fail("built again"))
+    monkeypatch.setattr("megatron_ross.data.shards._build", lambda file, size: pytest.fail("built again"))
     second = pickle.loads(pickle.dumps(ShardFile(shards / "s-001.tar", tmp_path / "cache")))
     assert [first[i] for i in range(len(first))] == [second[i] for i in range(len(second))]
     with pytest.raises(IndexError):
         first[len(first)]
+
+
+def _names(path, *names):
+    """A tar of files with these names, each a record, a caption or a picture by its type."""
+    content = {"json": json.dumps({"conversations": [{"from": "human", "value": "<image>"}] * 2}).encode()}
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            data = content.get(name.rpartition(".")[2], b"x" * 600)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.json", "b.json", "b.jpg", "a.jpg"), r"the files of sample 'a' do not lie together: 'a\.jpg' comes after"),
+        (("a.jpg", "b.jpg", "a.json", "b.json"), "the files of sample 'a' do not lie together"),
+        (("a.json", "a.jpg", "b.txt", "b.jpg", "a.json", "a.jpg"), "'a.json' comes after other samples"),
+        (("x/a.json", "x/a.jpg", "y/a.json", "x/a.1.jpg"), "sample 'x/a'"),
+        (("a.json", "a.jpg", "a.json"), "'a.json' is there twice"),
+        (("a.json", "a.jpg", "a.JPG"), "'a.JPG' is there twice"),
+        (("photo.v2.json", "photo.v2.jpg"), "'photo.v2.json': a sample's name ends at the first dot"),
+        (("a.json", "a.left.jpg"), "'a.left.jpg': a sample's name ends at the first dot"),
+        (("a.1.json", "a.1.jpg", "a.2.json", "a.2.jpg"), "'a.1.json': a sample's name ends"),
+        (("a.json", "a.mp4"), "'a.mp4': only images are supported"),
+        (("a.json", "a.0.wav"), "only images are supported"),
+        (("a.json", "a.heic"), "'a.heic': such images are not supported"),
+    ],
+)
+def test_shards_that_would_lose_pictures_are_refused(names, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"cannot read the shard .*a\.tar: .*{message}") as caught:
+        ShardFile(_names(tmp_path / "a.tar", *names), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_name_in_two_folders_is_two_samples(tmp_path):
+    names = ["./v1.0/a.json", "./v1.0/a.jpg", "./v2.0/a.json", "./v2.0/a.10.tiff", "./v2.0/a.9.avif", "v2.0/._a.jpg"]
+    shard = ShardFile(_names(tmp_path / "a.tar", *names), tmp_path / "cache")
+    assert [len(shard[i]["image"]) for i in range(len(shard))] == [1, 2]
+
+
+def test_images_without_a_text_are_records_not_nothing(tmp_path, qwen, processor):
+    """They can be trained on where no answer is needed, and are counted as broken elsewhere."""
+    path = _names(tmp_path / "a.tar", "a.jpg", "b.json", "b.0.jpg", "b.1.jpg", "c.cls", "d.1.png", "d.0.png")
+    shard = ShardFile(path, tmp_path / "cache")
+    assert [shard[i].get("image") for i in range(len(shard))] == [["0.img"], ["0.img", "1.img"], ["0.img", "1.img"]]
+    assert len(parse_record(shard[2], "a.tar", needs_answer=False).images) == 2
+    with pytest.raises(RecordError, match="non-empty list of turns"):
+        _open(path, qwen, processor, tmp_path / "cache").record(0)
+
+
+def test_a_record_that_names_a_file_which_the_shard_lacks_is_a_bad_image(tmp_path, qwen, processor):
+    record = {
+        "image": "gone.jpg",
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}],
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        write_sample(tar, "a", record, [])
+    dataset = _open(tmp_path / "a.tar", qwen, processor, tmp_path / "cache")
+    with pytest.raises(ImageError, match=r"'gone.jpg' of .*a\.tar\[0\] is no file of the shard"):
+        dataset[0].images[0].load_pixels()
 
 
 @pytest.mark.parametrize("content", [b"no tar at all", b""])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -16,15 +14,7 @@ from megatron_ross.data.order import BlendedOrder, SampleOrder
 from megatron_ross.data.packing import PackedOrder
 from megatron_ross.data.quarantine import BadSamplePolicy
 from megatron_ross.data.survey import Checker, findings_per_epoch, survey_dataset, text_histogram, training_plan
-
-ROOT = Path(__file__).parents[3]
-
-
-def _tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from megatron_ross.parity.preprocessing import check_preprocessing
 
 
 @pytest.fixture
@@ -133,7 +123,7 @@ def test_text_histogram_counts_everything():
 
 
 def test_check_preprocessing_passes_on_the_golden_files(golden, capsys):
-    assert _tool("check_preprocessing").main(golden) == 0
+    assert check_preprocessing(golden) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 14
     assert all(row.startswith("equal") for row in rows)
@@ -147,7 +137,7 @@ def test_check_preprocessing_finds_a_changed_label(golden, tmp_path, capsys):
     data = json.loads(file.read_text())
     data["results"][2]["labels"][-1] = -100
     file.write_text(json.dumps(data))
-    assert _tool("check_preprocessing").main(tmp_path) == 1
+    assert check_preprocessing(tmp_path) == 1
     assert "DIFFERS  text_v1_vicuna.json" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"metadata\.json"):
-        _tool("check_preprocessing").main(tmp_path / "preprocess")
+        check_preprocessing(tmp_path / "preprocess")

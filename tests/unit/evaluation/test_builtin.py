@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_ross.evaluation.builtin import mmvp, pope
 from tests.helpers.evaluation_data import MMVP_ROWS, picture, png, write_mmvp, write_pope
@@ -21,8 +23,6 @@ def test_mmvp_questions_and_published_wording(tmp_path: Path) -> None:
 
 def test_mmvp_as_parquet(tmp_path: Path) -> None:
     """The same questions, pictures in the file."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
         {"Index": str(i), "Question": "Q?", "Options": "(a) x (b) y", "Correct Answer": f"({a})"}
         | {"image": {"bytes": png(i), "path": None}}

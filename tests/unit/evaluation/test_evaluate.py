@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ross.cli.evaluate import main as command
 from megatron_ross.evaluation.builtin import mmvp, pope
 from megatron_ross.evaluation.builtin import run as builtin
+from megatron_ross.evaluation.builtin.run import MMVP_DECODING
+from megatron_ross.evaluation.command_line import MMVP_DECODINGS, POPE_PROMPTS
 from megatron_ross.evaluation.main import main
 from tests.helpers import golden
 from tests.helpers.evaluation_data import MMVP_ROWS, write_mmvp, write_pope
@@ -251,9 +254,15 @@ def test_a_process_that_ends_in_a_benchmark_keeps_the_others_and_asks_for_it_las
     assert asked == ["mmvp", "pope", "mmvp", "pope"]
 
 
+def test_choices_on_the_command_line_are_those_of_the_tasks() -> None:
+    """The command line imports no task."""
+    assert tuple(MMVP_DECODING) == MMVP_DECODINGS
+    assert tuple(pope.PROMPTS) == POPE_PROMPTS
+
+
 def test_the_tool_starts_it(repository: Path) -> None:
     spec = importlib.util.spec_from_file_location("evaluate_tool", repository / "tools" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main is main
+    assert module.main is command
     assert sys.exit is module.sys.exit

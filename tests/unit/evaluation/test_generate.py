@@ -10,13 +10,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from megatron_ross.evaluation.generate import ChatSession, Decoding, chat_loop, load_for_inference, open_image
+from megatron_ross.data.images import decode_image
+from megatron_ross.evaluation.generate import (
+    ChatSession,
+    Decoding,
+    chat_loop,
+    load_for_inference,
+    model_rgb,
+    open_image,
+)
 from tests.helpers import golden
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,7 +83,7 @@ def test_follow_up_questions_see_the_history_and_all_images() -> None:
     generate = chat.model.generate
 
     class Spy:
-        device = chat.model.device
+        device, config = chat.model.device, chat.model.config
 
         def generate(self, **inputs: Any) -> Any:
             prompts.append(inputs)
@@ -156,7 +165,7 @@ def test_tool_chats(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", str(golden.GOLDEN / "llm_qwen2"), "--question", "hi"], "model_type is 'qwen2'"),
+        (["--checkpoint", str(golden.GOLDEN / "llm_qwen2"), "--question", "hi"], "(model_type 'qwen2'); make"),
         (
             ["--checkpoint", str(golden.checkpoint_dir("llama_clip")), "--image", str(golden.GOLDEN / "README.md")],
             "README.md' cannot be decoded",
@@ -172,7 +181,19 @@ def test_tool_tells_mistakes_on_one_line(
     assert message in last
 
 
-def test_open_image_returns_rgb() -> None:
+@pytest.mark.parametrize("conversion", ["published", "viewer", None])
+def test_a_model_is_shown_rgb_as_it_was_trained(conversion: str | None) -> None:
+    config = SimpleNamespace() if conversion is None else SimpleNamespace(image_conversion=conversion)
     picture = open_image(IMAGES / "rgba.png")
-    assert isinstance(picture, Image.Image)
-    assert picture.mode == "RGB"
+    shown = model_rgb(SimpleNamespace(config=config), picture)
+    expected = decode_image((IMAGES / "rgba.png").read_bytes(), "rgba.png", conversion or "published")
+    assert shown.mode == "RGB"
+    assert shown.tobytes() == expected.tobytes()
+    assert (shown.tobytes() == Image.open(IMAGES / "rgba.png").convert("RGB").tobytes()) == (conversion != "viewer")
+
+
+def test_open_image_refuses_what_cannot_be_decoded(tmp_path: Path) -> None:
+    data = (IMAGES / "rgba.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"half\.png' cannot be decoded"):
+        open_image(tmp_path / "half.png")

@@ -48,7 +48,10 @@ def test_every_checkpoint_and_every_respacing_gets_a_point(tmp_path: Path) -> No
 
 def test_runs_that_cannot_be_measured_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tool("--run", str(tmp_path), "--output", str(tmp_path / "out")) == 1
-    assert "holds no complete checkpoint" in capsys.readouterr().err
+    assert "is no run folder with checkpoints/" in capsys.readouterr().err
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    assert run_tool("--run", str(tmp_path / "begun"), "--output", str(tmp_path / "out")) == 1
+    assert "is a run folder that has no checkpoint yet" in capsys.readouterr().err
     plain = make_variant(tmp_path / "model", "qwen2_siglip", without_denoiser).path
     iteration_dir(tmp_path / "run" / "checkpoints", 3).parent.mkdir(parents=True)
     iteration_dir(tmp_path / "run" / "checkpoints", 3).symlink_to(plain)

@@ -20,7 +20,7 @@ from megatron_ross.planner.hardware import GPUS
 from megatron_ross.planner.parameters import stage_parameters
 from megatron_ross.planner.search import longest_sample, plan_run
 from megatron_ross.training import data as training_data
-from megatron_ross.training.trainer import num_iterations
+from megatron_ross.training.schedule import num_iterations
 from tests.helpers.distributed import run_ranks
 from tests.helpers.meta_stages import Sizes, built_sizes
 
@@ -84,6 +84,7 @@ def test_hyper_parameters_are_the_published_ones(recipe: Path) -> None:
     assert (data.group_by_modality_length, data.packing) == (not stage_1, False)
     # The pretrain scripts pass no --image_aspect_ratio, whose default is square; the finetune scripts pass pad.
     assert data.image_aspect_ratio == ("square" if stage_1 else "pad")
+    assert data.image_conversion == "published"
     vicuna = "vicuna" in recipe.stem
     assert data.template == ("plain" if stage_1 else "v1" if vicuna else "qwen_2")
     assert data.seq_length == (8192 if stage_1 else 4096 if vicuna else 32768)

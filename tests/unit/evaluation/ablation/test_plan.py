@@ -48,7 +48,7 @@ def test_arms_of_a_seed_differ_in_their_own_settings_only(config: AblationConfig
 
 def test_pictures_are_painted_by_arms_that_learn_it_in_their_own_way(config: AblationConfig) -> None:
     commands = {run.arm.name: [step.command for step in run_steps(config, run)] for run in runs_of(config, 1)}
-    painting = {name: [c for c in found if "tools/reconstruct.py" in c] for name, found in commands.items()}
+    painting = {name: [c for c in found if "reconstruct" in c] for name, found in commands.items()}
     assert painting["off"] == []
     assert painting["denoise"][0][-2:] == ["--steps", "6,6,1"]
     assert "--steps" not in painting["regress"][0]

@@ -1,0 +1,25 @@
+"""Evaluate a checkpoint on benchmarks, with built-in evaluators, lmms-eval or VLMEvalKit. See docs/evaluation.md.
+
+megatron-ross evaluate --checkpoint runs/NAME --tasks gqa,mmlu --output results
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ross.cli.command import run_command
+from megatron_ross.evaluation.command_line import parse
+from megatron_ross.evaluation.exports import check_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 after a one-line error."""
+
+    def body() -> int:
+        options = parse(arguments)
+        check_model(options.checkpoint)  # refused before frameworks are imported
+        from megatron_ross.evaluation.main import report
+
+        return report(options)
+
+    return run_command(body)

@@ -1,0 +1,70 @@
+"""Show what a Ross model remembers of images: input, auto-encoder round trip and reconstruction, side by side.
+
+    megatron-ross reconstruct --checkpoint DIR --images FOLDER --output FOLDER --steps 100
+
+Writes one picture per image and figures.csv (PSNR and SSIM against what the model saw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from megatron_ross.cli.command import MODEL_HELP, parse_options, run_command
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help=MODEL_HELP)
+    add("--images", type=str, required=True, help="folder of image files")
+    add("--output", type=str, required=True, help="folder for pictures and figures.csv")
+    steps = "sampling steps: a number (default 1000), or sections like 6,6,1"
+    add("--steps", type=str | None, default=None, help=steps)
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--prompt", type=str | None, default=None, help="text before the image; default: as in training")
+    add("--limit", type=int | None, default=None, help="at most so many images")
+    add("--batch-size", type=int, default=8, help="images at a time")
+    add("--template", type=str | None, default=None, help="qwen_2, v1, llama3 or plain")
+    add("--device", type=str | None, default=None, help="default: the GPU if there is one")
+    add("--dtype", type=str, default="auto", help="of LLM and tower: auto, bf16, fp16 or fp32")
+    add("--vision-tower", type=str | None, default=None, help="folder with the tower's config")
+    add("--vae", type=str | None, default=None, help="folder with the auto-encoder's config")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 after a one-line error."""
+    return run_command(lambda: reconstruct(parse_options(__doc__.splitlines()[0], add_options, arguments)))
+
+
+def reconstruct(options: Namespace) -> int:
+    """Paint the images. Raises ValueError, OSError."""
+    from megatron_ross.evaluation.exports import check_model, exported_folder
+
+    check_model(options.checkpoint, reconstructs=True)  # refused before the libraries below are imported
+    from megatron_ross.evaluation.generate import load_for_inference
+    from megatron_ross.evaluation.reconstruct import mean_figures, reconstruct_folder
+
+    model, processor = load_for_inference(
+        str(exported_folder(options.checkpoint)),
+        device=options.device,
+        dtype=options.dtype,
+        template=options.template,
+        vision_tower=options.vision_tower,
+        vae=options.vae,
+    )
+    results = reconstruct_folder(
+        model,
+        processor,
+        Path(options.images),
+        Path(options.output),
+        steps=options.steps,
+        seed=options.seed,
+        prompt=options.prompt,
+        batch_size=options.batch_size,
+        limit=options.limit,
+    )
+    means = ", ".join(f"{name} {value:.2f}" for name, value in mean_figures(results).items())
+    print(f"{len(results)} images in {options.output}; mean: {means}")
+    return 0
