@@ -96,9 +96,12 @@ def check_trained_parts(run: RunConfig, start: Start) -> None:
         return
     known = {field.name for field in _sections(run)}
     before = RunConfig.from_flat({name: value for name, value in saved.items() if name in known})
-    reconstructs = start.manifest.model.denoiser is not None
+    model = start.manifest.model
+    idle = () if model.denoiser is not None else _OF_THE_DENOISER
+    if model.language.share_embeddings_and_output_weights:
+        idle = (*idle, "lm_loss_weight")  # the LM head is the embedding, and trained as such
     for name, trained in _TRAINED.items():
-        if name in _OF_THE_DENOISER and not reconstructs:
+        if name in idle:
             continue
         was, now = trained(before), trained(run)
         if was != now:
@@ -123,6 +126,7 @@ _TRAINED: dict[str, Callable[[RunConfig], Any]] = {
     "train_denoiser_position_table": lambda run: (
         not run.trainability.freeze_mm_inv_projector and _trains_the_table(run)
     ),
+    "lm_loss_weight": lambda run: run.trainability.freeze_language_model or run.loss.supervises_text,
     "recon_loss_weight": lambda run: run.trainability.freeze_mm_inv_projector or run.loss.recon_loss_weight != 0,
     "recon_objective": lambda run: run.loss.recon_objective if run.loss.recon_loss_weight != 0 else None,
 }

@@ -46,6 +46,7 @@ def saved(run: RunConfig, iteration: int = 5, **training: Any) -> Start:
         ({"freeze_mm_inv_projector": True}, r"freeze_mm_inv_projector=True: .*with False"),
         ({"unfreeze_mm_vision_tower": True}, r"unfreeze_mm_vision_tower=True: .*with False"),
         ({"train_denoiser_position_table": True}, r"train_denoiser_position_table=True: .*with None"),
+        ({"lm_loss_weight": 0.0}, r"lm_loss_weight=0.0: .*with 1.0"),
         ({"recon_loss_weight": 0.0}, r"recon_loss_weight=0.0: .*with 1.0"),
         ({"recon_objective": "regress"}, r"recon_objective='regress': .*with 'denoise'"),
     ],
@@ -70,6 +71,12 @@ def test_a_change_that_decides_nothing_is_none() -> None:
     start = saved(config())
     llava = replace(start.manifest, model=replace(start.manifest.model, denoiser=None, vae=None))
     check_trained_parts(config(recon_loss_weight=0.0), replace(start, manifest=llava))
+    check_trained_parts(config(lm_loss_weight=0.25), saved(config()))
+    head = {"lm_loss_weight": 0.0}
+    check_trained_parts(config(freeze_language_model=True, **head), saved(config(freeze_language_model=True)))
+    language = replace(start.manifest.model.language, share_embeddings_and_output_weights=True)
+    tied = replace(start.manifest, model=replace(start.manifest.model, language=language))
+    check_trained_parts(config(**head), replace(start, manifest=tied))
 
 
 def test_what_differs_is_told_by_setting() -> None:
