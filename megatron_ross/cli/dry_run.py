@@ -169,23 +169,28 @@ def _look_at_data(run: RunConfig, start: Start, limit: int) -> DataFindings:
 
 
 def _what_stops(run: RunConfig, survey: Survey) -> list[str]:
-    """Shares of broken and masked samples above what the run allows, and data that supervises nothing."""
-    from megatron_ross.data.quarantine import samples_for_a_share
+    """Shares of broken and masked samples above what the run allows, and data that nothing is learned from."""
+    from megatron_ross.data.quarantine import MAX_EXAMPLES, BadSamplePolicy, Quarantine
+    from megatron_ross.data.survey import COUNTED
 
-    checked, problems = len(survey.num_tokens), []
-    total = max(checked, samples_for_a_share(checked))
-    counts = {"max_bad_sample_share": len(survey.skipped), "max_mismatch_share": survey.counts.get("mismatch", 0)}
-    for setting, count in counts.items():
-        share = getattr(run.data, setting)
-        if count > share * total:
-            problems.append(
-                f"{setting}={share}: {count:,} of {checked:,} samples are broken or masked; megatron-ross prepare-data "
-                "lists them (examples above)"
-            )
-    if not problems and not any(survey.num_supervised):
+    checked, data = len(survey.num_tokens), run.data
+    shares = BadSamplePolicy(
+        max_bad_share=data.max_bad_sample_share,
+        max_mismatch_share=data.max_mismatch_share,
+        min_samples=checked,
+        template=data.template,
+    )
+    quarantine = Quarantine(shares)
+    quarantine.counts.update({name: len(samples) for name, samples in survey.counted.items()})
+    quarantine.examples = [example for kind in COUNTED for example in survey.examples.get(kind, [])][:MAX_EXAMPLES]
+    problems = quarantine.excesses(checked)
+    supervises = run.loss.supervises_text
+    if not problems and not any(survey.num_supervised if supervises else survey.num_images):
+        setting = f"template={data.template}" if supervises else f"lm_loss_weight={run.loss.lm_loss_weight:g}"
+        what = "a token that is trained on" if supervises else "an image, and nothing else would be trained on"
         problems.append(
-            f"template={run.data.template}, seq_length={run.data.seq_length}: none of {checked:,} samples has a token "
-            "that is trained on; megatron-ross prepare-data says why"
+            f"{setting}, seq_length={data.seq_length}: none of {checked:,} samples has {what}; "
+            "megatron-ross prepare-data says why"
         )
     return problems
 

@@ -140,6 +140,11 @@ class Quarantine:
         Raises:
             TooManyBadSamplesError: a share passed its limit; the message gives examples.
         """
+        for excess in self.excesses(consumed_samples):
+            raise TooManyBadSamplesError(excess)
+
+    def excesses(self, consumed_samples: int) -> list[str]:
+        """A line for every share that passed its limit, with examples."""
         policy = self.policy
         total = max(consumed_samples, policy.min_samples)
         why = f" under template {policy.template}" if policy.template else ""
@@ -152,13 +157,13 @@ class Quarantine:
             ),
             "mismatch": ("max_mismatch_share", policy.max_mismatch_share, f"mismatch: their tokens do not add up{why}"),
         }
-        for name, (setting, limit, text) in limits.items():
-            if self.counts[name] > limit * total + _ROUNDING:
-                raise TooManyBadSamplesError(
-                    f"{self.counts[name]} of {consumed_samples} samples are {text}; more than the allowed share "
-                    f"({setting}={limit}); check the data with tools/prepare_data.py, or allow more. "
-                    f"Examples: {'; '.join(self.examples)}"
-                )
+        return [
+            f"{self.counts[name]} of {consumed_samples} samples are {text}; more than the allowed share "
+            f"({setting}={limit}); check the data with tools/prepare_data.py, or allow more. "
+            f"Examples: {'; '.join(self.examples)}"
+            for name, (setting, limit, text) in limits.items()
+            if self.counts[name] > limit * total + _ROUNDING
+        ]
 
     def _write(self, keys: np.ndarray, findings: Mapping[int, Finding]) -> None:
         if self.policy.quarantine_path is None or not findings:

@@ -27,6 +27,9 @@ from megatron_ross.text_files import replace_text
 SKIPPED = ("bad_record", "bad_conversation", "bad_image")
 """Kinds of findings for which training skips the sample, and counts it as `bad`."""
 
+COUNTED = (*SKIPPED, "mismatch", "lacks_images")
+"""Kinds that training counts against its limits."""
+
 _MAX_EXAMPLES = 5
 _SPAWN_ABOVE_IMAGES = 2_000  # images take ten times as long as texts
 
@@ -56,6 +59,15 @@ class Survey:
     def skipped(self) -> set[int]:
         """Samples that training skips."""
         return {index for kind in SKIPPED for index in self.found.get(kind, [])}
+
+    @property
+    def counted(self) -> dict[str, set[int]]:
+        """Samples that training counts against its limits, by the name of `quarantine.Quarantine`'s count: of several
+        findings a sample has one."""
+        bad = self.skipped
+        mismatch = set(self.found.get("mismatch", [])) - bad
+        lacks_images = set(self.found.get("lacks_images", [])) - bad - mismatch
+        return {"bad": bad, "mismatch": mismatch, "lacks_images": lacks_images}
 
     def find(self, kind: str, index: int, message: str) -> None:
         """Note a finding."""

@@ -14,7 +14,7 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.data.held_out import NO_SAMPLE, FixedOrder
 from megatron_ross.data.order import SampleOrder
 from megatron_ross.data.quarantine import MAX_EXAMPLES, Quarantine, TooManyBadSamplesError
-from megatron_ross.data.survey import SKIPPED, Survey
+from megatron_ross.data.survey import COUNTED, Survey
 from megatron_ross.planner.workload import Work
 from megatron_ross.training.data import bad_sample_limits
 from megatron_ross.training.empty_steps import EmptySteps
@@ -49,15 +49,11 @@ class _Guards:
 
     def __init__(self, run: RunConfig, survey: Survey, order: SampleOrder, empty: EmptySteps | None) -> None:
         self._run, self._order, self._empty = run, order, empty
-        self._is_bad = _mask(survey.skipped, len(survey.num_tokens))
-        self._is_mismatch = _mask(survey.found.get("mismatch", []), len(survey.num_tokens))
-        # A sample has one finding in training; a skipped or masked one is not counted again.
-        lacking = _mask(survey.found.get("lacks_images", []), len(survey.num_tokens))
-        self._lacks_images = lacking & ~self._is_bad & ~self._is_mismatch
+        self._counted = {name: _mask(samples, len(survey.num_tokens)) for name, samples in survey.counted.items()}
         self._supervised = np.array(survey.num_supervised, dtype=np.int64)
-        self._images = np.where(self._is_bad, 0, survey.num_images)
+        self._images = np.where(self._counted["bad"], 0, survey.num_images)
         self._quarantine = Quarantine(bad_sample_limits(run, order))
-        for kind in (*SKIPPED, "mismatch", "lacks_images"):
+        for kind in COUNTED:
             self._quarantine.examples += [f"{kind}: {example}" for example in survey.examples.get(kind, [])]
         del self._quarantine.examples[MAX_EXAMPLES:]
         self.tokens = self.images = 0
@@ -80,10 +76,8 @@ class _Guards:
             yield self._order.keys(step * size, (step + 1) * size)[:, 1]
 
     def _look(self, step: int, consumed: int, ids: np.ndarray) -> None:
-        counts = self._quarantine.counts
-        counts["bad"] += int(self._is_bad[ids].sum())
-        counts["mismatch"] += int(self._is_mismatch[ids].sum())
-        counts["lacks_images"] += int(self._lacks_images[ids].sum())
+        for name, is_one in self._counted.items():
+            self._quarantine.counts[name] += int(is_one[ids].sum())
         self._quarantine.check(consumed)
         tokens, images = int(self._supervised[ids].sum()), int(self._images[ids].sum())
         self.tokens += tokens
@@ -94,7 +88,7 @@ class _Guards:
             self._empty.look(step, Work(0, 0, tokens, images, images), float(has_gradient))
 
 
-def _mask(ids: set[int] | list[int], size: int) -> np.ndarray:
+def _mask(ids: set[int], size: int) -> np.ndarray:
     mask = np.zeros(size, dtype=bool)
     mask[list(ids)] = True
     return mask

@@ -110,9 +110,41 @@ def test_bad_samples_are_found_before_they_stop_a_run(check: Any, settings: dict
     (tmp_path / "data.json").write_text(json.dumps(records))
     code, out, errors = check(data_path=str(tmp_path / "data.json"))
     assert code == 1
-    assert "max_bad_sample_share=0.01: 13 of 30 samples" in errors[0]
+    assert "13 of 30 samples are bad" in errors[0]
+    assert "(max_bad_sample_share=0.01)" in errors[0]
     assert "bad_image 13" in out
     assert check(data_path=str(tmp_path / "data.json"), max_bad_sample_share=0.9)[0] == 0
+
+
+def test_the_limits_are_those_of_training(check: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Images that no record names count, and several limits may be passed."""
+    records = json.loads(Path(settings["data_path"]).read_text())
+    for record in records[:3]:
+        record.pop("image", None)
+        record["conversations"][0]["value"] = "<image>\nWhat is it?"
+    records[4]["conversations"] = []
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    code, _, errors = check(data_path=str(tmp_path / "data.json"))
+    assert code == 1
+    assert [error.partition(":")[2].split()[:5] for error in errors] == [
+        ["1", "of", "30", "samples", "are"],
+        ["3", "of", "30", "samples", "are"],
+    ]
+    assert "lacks_images" in errors[1]
+    assert check(data_path=str(tmp_path / "data.json"), max_bad_sample_share=0.1)[0] == 0  # 3 of 30
+
+
+def test_images_alone_are_enough_without_a_language_loss(check: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    records = json.loads(Path(settings["data_path"]).read_text())
+    (tmp_path / "images.json").write_text(json.dumps([{"image": r["image"]} for r in records if "image" in r]))
+    (tmp_path / "text.json").write_text(json.dumps([r for r in records if "image" not in r]))
+    images, text = ({"data_path": str(tmp_path / name)} for name in ("images.json", "text.json"))
+    assert check(**images, lm_loss_weight=0)[::2] == (0, [])
+    assert check(**images)[0] == 1
+    code, _, errors = check(**text, lm_loss_weight=0)
+    assert (code, len(errors)) == (1, 1)
+    assert "lm_loss_weight=0, seq_length=256: none of 6 samples has an image" in errors[0]
+    assert check(**text)[0] == 0
 
 
 def test_a_sample_of_the_data_is_spread_over_it(check: Any, settings: dict[str, Any]) -> None:
