@@ -37,10 +37,13 @@ _TOOL_ROLES = {"tool", "function", "observation", "function_call", "tool_call", 
 _IMAGE_PARTS = {"image": ("image", "url", "path"), "image_url": ("image_url",)}
 _OTHER_MEDIA_TAG = re.compile("<(video|audio)>")
 _OTHER_MEDIA = re.compile(
-    r"(video|audio|sound|speech|point_?cloud)s?(_?(path|file|url|name|byte|list)s?)?", re.IGNORECASE
+    r"(video|audio|sound|speech|point_?cloud)s?(_?(path|file|url|name|byte|list)s?)?(_?\d+)?|mp4|wav|mp3|flac",
+    re.IGNORECASE,
 )
 _UNKNOWN_IMAGES = re.compile(
-    r"(image|img|picture|photo|pixel)s?(_?(path|file|filename|url|name|byte|list|data|value|content)s?)?", re.IGNORECASE
+    r"(image|img|picture|photo|pixel)s?(_?(path|file|filename|url|name|byte|list|data|value|content|base64|b64)s?)?(_?\d+)?"
+    r"|media|jpe?g|png|webp",
+    re.IGNORECASE,
 )
 
 

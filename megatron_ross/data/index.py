@@ -105,6 +105,11 @@ def file_key(path: Path) -> str:
     return hashlib.blake2b(" ".join(map(str, state)).encode(), digest_size=12).hexdigest()
 
 
+def local_state(path: str, real: str) -> str:
+    """`file_key` of a local file at `real`; nothing where `path` is a URL."""
+    return "" if is_url(path) else file_key(Path(real))
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -32,8 +32,8 @@ from megatron_ross.data.formats import (
     embedded_image,
     is_media_field,
 )
-from megatron_ross.data.index import MappedRecords, default_cache_folder, file_key, locked, write_atomically
-from megatron_ross.data.records import MAX_IMAGE_BYTES, ImageRoot
+from megatron_ross.data.index import MappedRecords, default_cache_folder, local_state, locked, write_atomically
+from megatron_ross.data.records import MAX_IMAGE_BYTES, ImageRoot, sampled_images_digest
 from megatron_ross.data.row_groups import RowGroups
 
 MAX_GROUP_BYTES = 1 << 30
@@ -76,10 +76,12 @@ class ParquetFile:
             info = self._file_system.info(self._real)
             stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {FORMATS_VERSION}"
             self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
+            self._state = self.fingerprint + local_state(self.path, self._real)
             texts, index = self._load_or_build((cache_folder or default_cache_folder()) / "parquet")
         except (OSError, ImportError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"cannot read the parquet file {self.path}: {_line(error)}") from error
         num_groups = int(index[0, 0])
+        self._holds_images = bool(index[0, 1])
         self._digest = index[1].tobytes().hex()
         self._group_starts = index[2 : 2 + num_groups, 0]
         self._records = MappedRecords(texts, index[2 + num_groups :])
@@ -93,12 +95,15 @@ class ParquetFile:
         return self._records[index]
 
     def image_stamp(self, index: int, number: int, name: str) -> str:
-        """That of the whole file."""
-        return self.fingerprint
+        """That of the whole file, and of the image's own, which may lie in the image folder."""
+        return self._state + (self._image_root.stamp(name) if self._image_root is not None else "")
 
     def content_digest(self) -> str:
-        """Of all texts, of the file's table of contents, and of the first and last bytes of every group's images."""
-        return self._digest
+        """Of all texts, of the file's table of contents, and of the first and last bytes of every group's images; where
+        it has names alone, of the first image of some records in a local folder."""
+        if self._holds_images or self._image_root is None or is_url(self._image_root.folder):
+            return self._digest
+        return f"{self._digest} {sampled_images_digest(self)}"
 
     def read_image(self, index: int, number: int, name: str) -> bytes:
         """Raises ImageError."""
@@ -145,11 +150,10 @@ class ParquetFile:
     def _load_or_build(self, cache: Path) -> tuple[Path, np.ndarray]:
         """The file of texts, and int64 [2 + groups + rows, 2].
 
-        Row 0: number of groups. Row 1: digest of the content. Then per group: its first row. Then per row of the
-        parquet file: first and one past the last byte of its line of text.
+        Row 0: number of groups, and of columns with the bytes of images. Row 1: digest of the content. Then per
+        group: its first row. Then per row of the parquet file: first and one past the last byte of its line of text.
         """
-        state = "" if is_url(self.path) else file_key(Path(self._real))
-        texts = cache / f"{self.fingerprint}{state}.jsonl"
+        texts = cache / f"{self._state}.jsonl"
         index = texts.with_suffix(".npy")
         with locked(texts.with_suffix(".lock")):
             if not (index.exists() and texts.exists()):
@@ -186,7 +190,7 @@ def _build(file: BinaryIO, size: int, texts: Path) -> np.ndarray:
     starts = np.cumsum([0, *(group.num_rows for group in groups)])
     if starts[-1] != len(ends) - 1:
         raise ValueError(f"it says that it has {starts[-1]:,} rows, and has {len(ends) - 1:,}")
-    head = [(len(groups), 0), tuple(np.frombuffer(digest.digest(), dtype=np.int64))]
+    head = [(len(groups), len(leaves.images)), tuple(np.frombuffer(digest.digest(), dtype=np.int64))]
     ranges = np.stack([ends[:-1], ends[1:]], axis=1).reshape(-1, 2)
     return np.concatenate([np.array(head), np.stack([starts[:-1]] * 2, axis=1), ranges]).astype(np.int64)
 

@@ -6,21 +6,23 @@ The published form is `{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversat
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from megatron_ross.config.paths import is_url
 from megatron_ross.config.shown import shown
-from megatron_ross.data.errors import ImageError, RecordError
+from megatron_ross.data.errors import ImageError, RecordError, SampleError
 from megatron_ross.data.formats import IMAGE_TAG, Turn, is_unicode, plain_record, short_name
 
 _LONGEST_ID_BITS = 256
+_NUM_SAMPLED_IMAGES = 16
 MAX_IMAGE_BYTES = 1 << 29
 """Larger image files are refused before they are read."""
 
@@ -67,6 +69,31 @@ def parse_record(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
     where = f"{where} (id {shown(record_id)})"
     plain = plain_record(raw, where, needs_answer=needs_answer)
     return Record(str(record_id), tuple(map(short_name, plain.images)), plain.turns, where)
+
+
+class _Images(Protocol):
+    """The part of `sources.Source` that says which images there are."""
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def read_image(self, index: int, number: int, name: str) -> bytes: ...
+
+
+def sampled_images_digest(source: _Images) -> str:
+    """Hex digest of the first images of some records, from the first to the last; unreadable ones count as empty."""
+    last, digest = len(source) - 1, hashlib.blake2b(digest_size=16)
+    for index in sorted({place * last // (_NUM_SAMPLED_IMAGES - 1) for place in range(_NUM_SAMPLED_IMAGES)}):
+        try:
+            names = parse_record(source[index], source.path, needs_answer=False).images
+            data = source.read_image(index, 0, names[0]) if names else b""
+        except SampleError:
+            data = b""
+        digest.update(hashlib.blake2b(data, digest_size=16).digest())
+    return digest.hexdigest()
 
 
 class ImageRoot:

@@ -28,7 +28,7 @@ from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
 from megatron_ross.data.formats import DATA_SCHEME, FORMATS_VERSION, IMAGE_FIELDS, embedded_image
 from megatron_ross.data.header_reader import HeaderReader
-from megatron_ross.data.index import default_cache_folder, file_key, locked, write_atomically
+from megatron_ross.data.index import default_cache_folder, local_state, locked, write_atomically
 from megatron_ross.data.records import MAX_IMAGE_BYTES
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
@@ -62,6 +62,7 @@ class ShardFile:
             info = self._file_system.info(self._real)
             stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {FORMATS_VERSION}"
             self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
+            self._state = self.fingerprint + local_state(self.path, self._real)
             self._index = self._load_or_build((cache_folder or default_cache_folder()) / "shards")
         except (OSError, ImportError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the shard {self.path}: {error}") from error
@@ -106,7 +107,7 @@ class ShardFile:
 
     def image_stamp(self, index: int, number: int, name: str) -> str:
         """That of the whole shard."""
-        return self.fingerprint
+        return self._state
 
     def content_digest(self) -> str:
         """Of all texts, of the places and sizes of all images, and of their first and last bytes."""
@@ -144,8 +145,7 @@ class ShardFile:
         Row 0: number of records and images, 16 bytes of digest. Then per record: first byte, size, which kind, its
         first image. Then per image: first byte, size.
         """
-        state = "" if is_url(self.path) else file_key(Path(self._real))
-        path = cache / f"{self.fingerprint}{state}.npy"
+        path = cache / f"{self._state}.npy"
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 with self._file_system.open(self._real, "rb") as file:

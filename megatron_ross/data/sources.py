@@ -11,19 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from megatron_ross.config.paths import expand_braces, is_url
-from megatron_ross.data.errors import ImageError, SampleError
+from megatron_ross.data.errors import ImageError
 from megatron_ross.data.formats import DATA_SCHEME, FORMATS_VERSION, embedded_image
 from megatron_ross.data.index import RecordFile
-from megatron_ross.data.records import MAX_IMAGE_BYTES, ImageRoot, parse_record
+from megatron_ross.data.records import MAX_IMAGE_BYTES, ImageRoot, sampled_images_digest
 from megatron_ross.data.row_groups import RowGroups
 from megatron_ross.data.shards import ShardFile
 
 PathLike = str | os.PathLike[str]
-
-_NUM_SAMPLED_IMAGES = 16
 
 
 class Source(Protocol):
@@ -81,18 +77,8 @@ class LlavaSource:
         """Of all bytes of the file, and of the first image of some records in a local folder."""
         digest = hashlib.blake2b(self._records.content_digest().encode(), digest_size=16)
         if self._image_root is not None and not is_url(self._image_root.folder):
-            for index in np.linspace(0, len(self) - 1, _NUM_SAMPLED_IMAGES).astype(int).tolist():
-                digest.update(self._first_image(index))
+            digest.update(sampled_images_digest(self).encode())
         return digest.hexdigest()
-
-    def _first_image(self, index: int) -> bytes:
-        """A digest of it; of nothing where there is none, or it cannot be read."""
-        try:
-            names = parse_record(self[index], self.path, needs_answer=False).images
-            data = self.read_image(index, 0, names[0]) if names else b""
-        except SampleError:
-            data = b""
-        return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def open_sources(

@@ -60,12 +60,26 @@ def _parquet(folder: Path) -> None:
     parquet.write_table(table, folder / "data.parquet", row_group_size=7, **plain)
 
 
+def _names(folder: Path) -> None:
+    """A parquet file without the bytes of its images, which lie in the folder."""
+    records = json.loads((folder / "data.json").read_text())
+    columns = {"conversations": [r["conversations"] for r in records]}
+    columns["images"] = [[n] if isinstance(n := r.get("image", []), str) else n for r in records]
+    parquet.write_table(pa.table(columns), folder / "names.parquet")
+
+
 def _lines(folder: Path) -> None:
     records = json.loads((folder / "data.json").read_text())
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-MAKERS = {"data.json": lambda folder: None, "data.jsonl": _lines, "data.tar": _tar, "data.parquet": _parquet}
+MAKERS = {
+    "data.json": lambda folder: None,
+    "data.jsonl": _lines,
+    "data.tar": _tar,
+    "data.parquet": _parquet,
+    "names.parquet": _names,
+}
 
 
 def _copies(root: Path, name: str, second: Any = lambda folder: None) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
+import shutil
+import tarfile
 from typing import Any
 
 import fsspec
@@ -26,6 +29,8 @@ from megatron_ross.data.packing import PackedOrder
 from megatron_ross.data.parquet import ParquetFile
 from megatron_ross.data.records import ImageRoot
 from megatron_ross.data.shard_writer import write_shards
+from megatron_ross.data.shards import write_sample
+from megatron_ross.data.sources import open_sources
 from megatron_ross.data.survey import survey_dataset
 from tests.helpers.hostile import attempt
 from tests.unit.data.conftest import chat
@@ -311,6 +316,43 @@ def test_names_cannot_leave_the_image_folder(toy, qwen, processor, tmp_path):
     file = ParquetFile(tmp_path / "a.parquet", ImageRoot(toy / "images"), tmp_path / "cache")
     with pytest.raises(ImageError, match="outside the image root"):
         file.read_image(0, 0, "../secret.png")
+
+
+def test_images_beside_the_file_have_stamps_of_their_own(toy, tmp_path):
+    """A latent cache would never learn that one was replaced, or mended."""
+    columns = {"conversations": [chat("<image>\na", "b")] * 3, "image": ["0.png", "1.png", "later.png"]}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    file = ParquetFile(tmp_path / "a.parquet", ImageRoot(toy / "images"), tmp_path / "cache")
+
+    def stamps():
+        return [file.image_stamp(i, 0, name) for i, name in enumerate(columns["image"])]
+
+    before = stamps()
+    (toy / "images" / "0.png").write_bytes(_png(toy, 3))
+    (toy / "images" / "later.png").write_bytes(_png(toy, 3))
+    assert [a == b for a, b in zip(before, stamps(), strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+def test_a_replaced_file_is_noticed_by_its_change_time(name, hub, tmp_path):
+    """Size and modification time of the file before, as archives are unpacked with."""
+    path = tmp_path / name
+    if name == "a.tar":
+        with tarfile.open(path, "w") as tar:
+            write_sample(tar, "x", {"conversations": chat("<image>\na", "b")}, [("png", b"picture")])
+    else:
+        shutil.copy(next(hub.glob("*.parquet")), path)
+
+    def stamp():
+        (source,) = open_sources(path, None, tmp_path / "cache")
+        return source.image_stamp(0, 0, "x")
+
+    before, status = stamp(), path.stat()
+    assert stamp() == before
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert stamp() != before
 
 
 def test_groups_that_make_every_image_dear_are_refused(hub, tmp_path, monkeypatch):
