@@ -179,6 +179,11 @@ class OptimizerSettings:
     """So many steps in a row that train nothing stop the run, or an epoch of them, or a run, if that is shorter: steps
     without a supervised token (with lm_loss_weight 0: without an image), or with a gradient norm of exactly 0."""
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether any learning rate is above 0."""
+        return any((self.lr, self.mm_projector_lr, self.mm_inv_projector_lr, self.mm_vision_tower_lr))
+
 
 @dataclass(frozen=True)
 class DataConfig:

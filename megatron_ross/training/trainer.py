@@ -330,6 +330,10 @@ class Trainer:
             f"{self.run.data.global_batch_size}, {self.train_iters:,} steps = {sequences / per_epoch:.2f} epochs; "
             f"starting at iteration {self.iteration}"
         )
+        if self.iteration >= self.train_iters:
+            self._print("nothing is left to train: the run has had all its steps (train_iters, num_epochs)")
+        if not self.run.optimizer.moves_weights:
+            self._print("warning: lr=0: every learning rate is 0, so no step will change a weight")
         if self.changes:
             self._print(f"settings that differ from the checkpoint's: {'; '.join(self.changes)}")
         if self.plan.progress.continued_at is not None:

@@ -132,6 +132,20 @@ def test_the_schedule_is_that_of_the_settings_and_what_differs_is_printed(
     )
 
 
+def test_runs_that_change_no_weight_say_so(stopped: Path, settings: dict[str, Any]) -> None:
+    """One at learning rate 0, unless a module has its own, and one that has nothing left to do."""
+    flat = settings | ONE | {"load": str(stopped), "init_from": "", "min_lr": 0.0}
+    still = flat | {"lr": 0.0, "mm_projector_lr": None, "train_iters": 4}
+    (got,) = run_ranks(_train, 1, still)
+    assert "nothing is left to train" in got["said"]
+    assert "warning: lr=0: every learning rate is 0" in got["said"]
+    assert got["rows"] == []
+    (got,) = run_ranks(_train, 1, still | {"mm_projector_lr": 1e-4, "train_iters": 5})
+    assert "warning" not in got["said"]
+    assert "nothing is left" not in got["said"]
+    assert len(got["rows"]) == 1
+
+
 @pytest.mark.parametrize(
     ("ranks", "change"),
     [
