@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,9 +106,29 @@ def file_key(path: Path) -> str:
     return hashlib.blake2b(" ".join(map(str, state)).encode(), digest_size=12).hexdigest()
 
 
-def local_state(path: str, real: str) -> str:
-    """`file_key` of a local file at `real`; nothing where `path` is a URL."""
-    return "" if is_url(path) else file_key(Path(real))
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file of samples, local or at a URL.
+
+    Attributes:
+        real: its path within `file_system`.
+        fingerprint: names path, size and time of change; the same on all nodes.
+        state: also names everything by which a node can tell that a local file was replaced (`file_key`).
+    """
+
+    file_system: Any
+    real: str
+    fingerprint: str
+    state: str
+
+    @classmethod
+    def of(cls, path: str, version: int) -> OpenedFile:
+        """`version`: of what is made of its content. Raises OSError, ImportError, ValueError."""
+        file_system, real = fsspec.core.url_to_fs(path)
+        info = file_system.info(real)
+        stamp = f"{path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {version}"
+        fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
+        return cls(file_system, real, fingerprint, fingerprint + ("" if is_url(path) else file_key(Path(real))))
 
 
 def _digest(path: Path) -> str:

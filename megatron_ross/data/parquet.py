@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
@@ -32,7 +31,7 @@ from megatron_ross.data.formats import (
     embedded_image,
     is_media_field,
 )
-from megatron_ross.data.index import MappedRecords, default_cache_folder, local_state, locked, write_atomically
+from megatron_ross.data.index import MappedRecords, OpenedFile, default_cache_folder, locked, write_atomically
 from megatron_ross.data.records import MAX_IMAGE_BYTES, ImageRoot, sampled_images_digest
 from megatron_ross.data.row_groups import RowGroups
 
@@ -72,11 +71,9 @@ class ParquetFile:
         self._image_root = image_root
         self._row_groups = row_groups or RowGroups()
         try:
-            self._file_system, self._real = fsspec.core.url_to_fs(self.path)
-            info = self._file_system.info(self._real)
-            stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {FORMATS_VERSION}"
-            self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
-            self._state = self.fingerprint + local_state(self.path, self._real)
+            opened = OpenedFile.of(self.path, FORMATS_VERSION)
+            self._file_system, self._real = opened.file_system, opened.real
+            self.fingerprint, self._state = opened.fingerprint, opened.state
             texts, index = self._load_or_build((cache_folder or default_cache_folder()) / "parquet")
         except (OSError, ImportError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"cannot read the parquet file {self.path}: {_line(error)}") from error

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 
 from megatron_ross.config.paths import is_url
@@ -28,7 +27,7 @@ from megatron_ross.config.shown import shown
 from megatron_ross.data.errors import ImageError, RecordError
 from megatron_ross.data.formats import DATA_SCHEME, FORMATS_VERSION, IMAGE_FIELDS, embedded_image
 from megatron_ross.data.header_reader import HeaderReader
-from megatron_ross.data.index import default_cache_folder, local_state, locked, write_atomically
+from megatron_ross.data.index import OpenedFile, default_cache_folder, locked, write_atomically
 from megatron_ross.data.records import MAX_IMAGE_BYTES
 
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
@@ -58,11 +57,9 @@ class ShardFile:
         """
         self.path = os.fspath(path)
         try:
-            self._file_system, self._real = fsspec.core.url_to_fs(self.path)
-            info = self._file_system.info(self._real)
-            stamp = f"{self.path} {info['size']} {info.get('mtime', info.get('LastModified', ''))} {FORMATS_VERSION}"
-            self.fingerprint = hashlib.blake2b(stamp.encode(), digest_size=12).hexdigest()
-            self._state = self.fingerprint + local_state(self.path, self._real)
+            opened = OpenedFile.of(self.path, FORMATS_VERSION)
+            self._file_system, self._real = opened.file_system, opened.real
+            self.fingerprint, self._state = opened.fingerprint, opened.state
             self._index = self._load_or_build((cache_folder or default_cache_folder()) / "shards")
         except (OSError, ImportError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"cannot read the shard {self.path}: {error}") from error
