@@ -126,11 +126,11 @@ def _mended(folder: Path, dataset: RossDataset, coverage: Coverage) -> str:
     """An image whose file has changed since it was found missing; training would stop there."""
     cache = LatentCache(folder)
     for image in coverage.missing:
-        name = dataset.record(image.sample).images[image.number]
         try:
+            name = dataset.record(image.sample).images[image.number]
             if image_digest(dataset.read_image(image.sample, image.number, name)) not in cache:
                 return f"{dataset.name}, sample {image.sample}, image {name!r}"
-        except ImageError:
+        except (SampleError, IndexError):  # still broken; or another record, where coverage_path saw none change
             continue
     return ""
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from megatron_ross.config.cli import parse_run_config
+from megatron_ross.data import latent_blocks
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.latent_blocks import read_coverage, write_coverage
 from megatron_ross.data.latent_cache import DUMMY_DIGEST, LatentCache, image_digest
@@ -196,6 +197,21 @@ def test_images_that_training_may_skip_do_not_stop_it_until_they_can_be_read(cac
     assert "sample 5, image '5_0.png'" in caching.refusal(share)
     assert caching.call(share)[0] == 0
     assert caching.check() == []
+
+
+@pytest.mark.parametrize("how", ["no image", "no record"])
+def test_a_missing_image_whose_record_has_changed_stops_nothing(
+    how: str, caching: Caching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the change is in none of the records that name a data set's coverage."""
+    monkeypatch.setattr(latent_blocks, "_SAMPLED_RECORDS", 2)
+    (caching.images / "5_0.png").unlink()
+    assert caching.call("--max-bad-sample-share=0.2")[0] == 0
+    path = caching.folder / "data" / "data.json"
+    records = json.loads(path.read_text())
+    del records[5]["image" if how == "no image" else "conversations"]
+    path.write_text(json.dumps(records))
+    assert caching.check("--max-bad-sample-share=0.2") == []
 
 
 def test_a_cache_that_was_not_finished_is_refused(caching: Caching, monkeypatch: pytest.MonkeyPatch) -> None:
