@@ -281,7 +281,7 @@ def test_the_towers_own_processor_is_honoured(name: str, tmp_path: Path) -> None
     vision = open_checkpoint(tmp_path / "megatron").manifest.model.vision
     picture = _picture()
     expected = official(picture, return_tensors="pt")["pixel_values"][0]
-    ours = ImageProcessor.from_config(vision.shown("square"))
+    ours = ImageProcessor.from_config(vision.shown("square", None))
     assert (ours(picture) - expected).abs().max() < 1e-5
     for format_ in ("ross", "llava"):
         folder = _export(tmp_path / "megatron", tmp_path / format_, format_)
