@@ -157,11 +157,12 @@ def _folder(name: str, path: Path, setting: str) -> Located:
                 f"{setting}={shown(name, 300)}: is a run folder that has no checkpoint yet ({root} holds no complete "
                 "one); wait for the first save (save_interval), or name another"
             )
+    if (path / "adapter_config.json").is_file():  # the original LLaVA code saves config.json with it
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return Located(name, Kind.LORA, path, f" of {shown(base, 100)}" if base else "")
     if (path / "config.json").is_file():
         kind, detail = kind_of_config(read_json(path / "config.json"))
         return Located(name, kind, path, detail)
-    if (path / "adapter_config.json").is_file():
-        return Located(name, Kind.LORA, path)
     if (path / "model_index.json").is_file():
         return Located(name, Kind.PIPELINE, path)
     if any((path / file).is_file() for file in _ADAPTER_FILES):

@@ -37,7 +37,8 @@ from megatron_ross.convert.inference_files import (
 )
 from megatron_ross.convert.model_card import _license
 from megatron_ross.data.tokenizer import TextTokenizer
-from megatron_ross.evaluation.generate import ChatSession, Decoding, load_for_inference
+from megatron_ross.evaluation.generate import ChatSession, load_for_inference
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.huggingface import RossProcessor, RossQwen2ForCausalLM
 from megatron_ross.huggingface.chat_templates import chat_template
 from tests.helpers.random_llava import make_exports
