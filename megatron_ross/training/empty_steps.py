@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_ross.config.schema import RunConfig
 from megatron_ross.planner.workload import Work
 from megatron_ross.training.errors import TrainingError
@@ -23,6 +25,11 @@ class EmptySteps:
         self._most = max(1, min(self._setting, steps_per_epoch, train_iters))
         self.total = 0
         self.in_a_row = 0
+
+    @classmethod
+    def of(cls, run: RunConfig, epoch_length: int, train_iters: int) -> EmptySteps:
+        """Of a run with so many sequences per epoch."""
+        return cls(run, math.ceil(epoch_length / run.data.global_batch_size), train_iters)
 
     def look(self, iteration: int, work: Work, grad_norm: float) -> None:
         """Count the step if it was empty; `work` is the global batch's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from pathlib import Path
 
@@ -106,8 +105,7 @@ class Trainer:
         self.rerun = start_rerun(run.training.rerun_mode, self.folder)
         self.straggler = StragglerReport(run.training.log_straggler)
         self.spikes = SpikeDetector(run.training.loss_spike_factor)
-        steps_per_epoch = math.ceil(self.order.epoch_length(0) / run.data.global_batch_size)
-        self.empty = EmptySteps(run, steps_per_epoch, self.train_iters)
+        self.empty = EmptySteps.of(run, self.order.epoch_length(0), self.train_iters)
         self.iteration = self.skipped = self.num_updates = 0
         self.learning_rate = 0.0
         self.last_losses: dict[str, float] = {}

@@ -47,6 +47,7 @@ def test_text_alone_trains_nothing_in_stage_1(
 ) -> None:
     """29 samples, a batch of 4: an epoch of 8 steps, all with a gradient norm of exactly 0."""
     flat = with_records(settings, tmp_path / "text.json", text_only) | layout | FROZEN
+    (tmp_path / "run").mkdir()  # as the entry point makes it
     flat |= {"loss_mode": mode, "max_empty_steps": 3, "num_epochs": 2, "save": str(tmp_path / "run")}
     errors = run_ranks(train, 2, flat)
     assert errors[0] == errors[1]
@@ -60,6 +61,7 @@ def test_text_alone_trains_in_stage_2_and_now_and_then_in_stage_1(settings: dict
     """The warm-up's first step, with learning rate 0, has a gradient; one sample in five has no image."""
     text = with_records(settings, tmp_path / "text.json", text_only)
     assert run_ranks(train, 2, text | {"train_iters": 3, "max_empty_steps": 1, "lr_warmup_iters": 2}) == ["", ""]
+    (tmp_path / "run").mkdir()
     mixed = settings | FROZEN | {"global_batch_size": 1, "train_iters": 29, "save": str(tmp_path / "run")}
     assert run_ranks(train, 2, mixed | {"log_interval": 29}) == ["", ""]
     (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

@@ -122,6 +122,7 @@ def test_a_run_on_records_without_answers(tmp_path: Path) -> None:
     """Images alone, beside text that has nothing to train on: trained, validated, saved, resumed."""
     flat = two_stage_settings(tmp_path)
     records = json.loads(Path(flat["data_path"]).read_text())
+    (tmp_path / "run").mkdir()  # as the entry point makes it
     path = tmp_path / "images.json"
     path.write_text(json.dumps([{"image": r["image"]} if "image" in r else r for r in records]))
     flat |= {"data_path": str(path), "save": str(tmp_path / "run"), "load": str(tmp_path / "run"), **OFF}
