@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> int:
         options = parse_options(" ".join(__doc__.split()), add_options, arguments)
         check_vacant(options.output)
+        check_sources(**{name: getattr(options, name) for name in ("llm", "vision_tower", "vae", "checkpoint")})
         if options.checkpoint is None and None in (options.llm, options.vision_tower):
             raise ValueError("give --checkpoint, or both --llm and --vision-tower")
-        check_sources(**{name: getattr(options, name) for name in ("llm", "vision_tower", "vae", "checkpoint")})
         from megatron_ross.convert.cli import import_checkpoint
 
         import_checkpoint(**vars(options))

@@ -193,8 +193,8 @@ def test_tools_name_the_converter_before_anything_is_built(load: Any, model_type
     """The folder has no weights: whoever looked for them, or built a model of the default size, would say so."""
     tower = "openai/clip-vit-large-patch14-336"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": tower}))
-    command = f"--checkpoint {re.escape(str(tmp_path))} --vision-tower {tower} --output OUT"
-    with pytest.raises(ValueError, match=f"original format .*tools/convert_hf_to_megatron.py {command}") as caught:
+    command = f"megatron-ross import --checkpoint {re.escape(str(tmp_path))} --vision-tower {tower} --output"
+    with pytest.raises(ValueError, match=f"in the format of the original code .*{command}") as caught:
         load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -281,7 +281,7 @@ def test_the_towers_own_processor_is_honoured(name: str, tmp_path: Path) -> None
     vision = open_checkpoint(tmp_path / "megatron").manifest.model.vision
     picture = _picture()
     expected = official(picture, return_tensors="pt")["pixel_values"][0]
-    ours = ImageProcessor.from_config(vision.shown("square"))
+    ours = ImageProcessor.from_config(vision.shown("square", None))
     assert (ours(picture) - expected).abs().max() < 1e-5
     for format_ in ("ross", "llava"):
         folder = _export(tmp_path / "megatron", tmp_path / format_, format_)
