@@ -36,9 +36,6 @@ from megatron_ross.config.shown import shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_TIMEOUT_S = 10.0
-MERGE_FIRST = "merge it into its base model first (peft: merge_and_unload(), then save_pretrained())"
-"""What to do with a LoRA adapter."""
-
 _ROSS_TYPES = ("ross_qwen2", "ross_llama")
 _TOWER_TYPES = ("clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers")
 _ADAPTER_FILES = (
@@ -106,10 +103,10 @@ class Located:
         if self.kind is Kind.ORIGINAL_LLAVA:
             return (
                 f"; import it first: megatron-ross import --checkpoint {name}{self._tower()} --output {target}, or "
-                "take the one that transformers has of it (its config.json has a text_config, as llava-hf/llava-1.5-7b-hf)"
+                "take the one that transformers has of it (config.json has a text_config, as llava-hf/llava-1.5-7b-hf)"
             )
         if self.kind is Kind.LORA:
-            return f"; {MERGE_FIRST}, and name the merged folder"
+            return "; merge it into its base model first, and name the merged folder"
         if self.kind is Kind.ADAPTERS:
             return (
                 "; they go into a whole model: megatron-ross import --llm LLM --vision-tower TOWER --vae VAE "

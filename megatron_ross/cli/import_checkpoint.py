@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from megatron_ross.checkpoint.locate import Kind, identify, look_up
 from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MANIFEST_NAME
 from megatron_ross.cli.command import EXIT_INTERRUPTED, parse_options, run_command
+from megatron_ross.convert.unsupported import check_supported
 from megatron_ross.text_files import check_vacant
 
 
@@ -59,6 +60,7 @@ def check_sources(**sources: str | None) -> None:
     for option, name in sources.items():
         if name is None:
             continue
+        check_supported(Path(name))
         if option in _COMPONENTS and Path(name).exists() and not _is_described(Path(name)):
             continue  # weights in a format of their own, which the import judges
         found = identify(name, option)
@@ -73,8 +75,8 @@ def check_sources(**sources: str | None) -> None:
         if option == "checkpoint" and found.kind in (*_COMPONENTS.values(), Kind.PIPELINE):
             belongs = next((o for o, kind in _COMPONENTS.items() if kind is found.kind), "vae")
             raise ValueError(f"{where}, no whole model; give it as --{belongs.replace('_', '-')}")
-        if found.kind is Kind.LORA:
-            found.require(option)
+        if option == "checkpoint" and found.kind in (Kind.OTHER, Kind.ADAPTERS):
+            raise ValueError(f"{where}; a whole model is Ross, or LLaVA in the stock or in its original format")
         mistaken = next((o for o, kind in _COMPONENTS.items() if kind is found.kind and o != option), None)
         if option in _COMPONENTS and mistaken is not None:
             raise ValueError(f"{where}; give it as --{mistaken.replace('_', '-')}")

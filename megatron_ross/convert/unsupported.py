@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_ross.checkpoint.locate import MERGE_FIRST
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.hf_io import WeightFolder
 
+if TYPE_CHECKING:
+    from megatron_ross.convert.hf_io import WeightFolder
+
+_LORA = "merge it into its base model first (peft: merge_and_unload(), then save_pretrained())"
 _QUANTISED = "quantised weights are not read: give the original checkpoint in bfloat16, float16 or float32"
 _WRAPPED = "save the state dict of the module inside"
 
 _NAMES = (
-    (r"(?:^|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b", f"are a LoRA adapter's: {MERGE_FIRST}"),
-    (r"^base_model\.model\.|\.base_layer\.|\.modules_to_save\.", f"are those of an unmerged PEFT model: {MERGE_FIRST}"),
+    (r"(?:^|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b", f"are a LoRA adapter's: {_LORA}"),
+    (r"^base_model\.model\.|\.base_layer\.|\.modules_to_save\.", f"are those of an unmerged PEFT model: {_LORA}"),
     (
         r"\.(?:qweight|qzeros|g_idx|SCB|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map)$|\.quant_state\.",
         f"are those of a quantised model: {_QUANTISED}",
@@ -39,7 +42,7 @@ def check_supported(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {shown(base)}" if isinstance(base, str) and base else ""
-        raise ValueError(f"{directory} is a LoRA adapter{of} (adapter_config.json): {MERGE_FIRST}")
+        raise ValueError(f"{directory} is a LoRA adapter{of} (adapter_config.json): {_LORA}")
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
@@ -69,6 +72,8 @@ def readable_weights(directory: Path) -> WeightFolder:
     Raises:
         ValueError: files are damaged or missing, or the names are those of an adapter, a quantised or a wrapped model.
     """
+    from megatron_ross.convert.hf_io import WeightFolder  # imports torch; `check_supported` needs none
+
     folder = WeightFolder(directory)
     if (kind := recognised(folder.tensors)) is not None:
         raise ValueError(f"{directory}: {kind}")

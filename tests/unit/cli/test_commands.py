@@ -173,6 +173,38 @@ print(json.dumps(rows))
 """
 
 
+FOREIGN: dict[str, tuple[str, dict]] = {
+    "quantization_config (method 'awq')": (
+        "quantised",
+        {"model_type": "ross_qwen2", "quantization_config": {"quant_method": "awq"}},
+    ),
+    "(model_type 'llava_next')": ("llava-1.6", {"model_type": "llava_next"}),
+    "is a LoRA adapter of 'v/7b'": ("lora", {"mm_vision_tower": "openai/clip", "model_type": "llava_llama"}),
+}
+"""Words of the refusal -> a whole model of 7 GB that nobody here reads, and its config."""
+
+
+@pytest.mark.parametrize("command", ["generate", "reconstruct", "evaluate", "import"])
+def test_models_that_cannot_be_read_are_named_before_anything_large_is_imported(command: str, tmp_path: Path) -> None:
+    lines = []
+    for name, config in FOREIGN.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        if name == "lora":
+            (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": "v/7b"}')
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(7 << 30)
+        own = {"reconstruct": ["--images", IMAGES], "evaluate": ["--tasks", "gqa"]}.get(command, [])
+        out = [] if command == "generate" else ["--output", str(tmp_path / "out")]
+        lines.append([command, "--checkpoint", str(tmp_path / name), *own, *out])
+    done = python("-c", f"HEAVY = {HEAVY!r}\n{REFUSALS}", json.dumps(lines), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for message, (status, err, loaded) in zip(FOREIGN, json.loads(done.stdout), strict=True):
+        assert (status, loaded, err.count("\n")) == (1, [], 1), (message, err)
+        assert message in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_values_are_refused_before_anything_large_is_imported(tmp_path: Path) -> None:
     code = f"HEAVY = {HEAVY!r}\n{REFUSALS}"
     done = python("-c", code, json.dumps(list(WRONG_VALUES.values())), cwd=tmp_path)

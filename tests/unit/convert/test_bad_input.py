@@ -138,7 +138,7 @@ LANGUAGE_MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "LoRA adapter": (
         lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2-7B"}'),
-        r"llm': is a LoRA adapter of 'Qwen/Qwen2-7B'; .*merge_and_unload",
+        r"llm is a LoRA adapter of 'Qwen/Qwen2-7B' .*merge_and_unload",
     ),
     "LoRA beside the weights": (
         _edit_tensors(lambda tensors: tensors.update({Q.replace("weight", "lora_A.weight"): torch.ones(8, 64)})),
