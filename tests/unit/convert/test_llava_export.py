@@ -212,6 +212,13 @@ def test_model_card_says_what_is_missing(exported: Exported) -> None:
     assert "are left out" in card
 
 
+def test_model_card_warns_of_pictures_that_stock_processors_show_otherwise() -> None:
+    """A checkpoint trained as a viewer shows pictures; the published way is what those processors do."""
+    shown, published = (" ".join(_notes(576, 0, way)) for way in ("viewer", "published"))
+    assert "image_conversion: viewer" in shown
+    assert "image_conversion" not in published
+
+
 def test_other_projectors_do_not_fit(imported: Callable[[str], Path]) -> None:
     model = open_checkpoint(imported("qwen2_siglip")).manifest.model
     with pytest.raises(ValueError, match="two-layer projector"):
