@@ -257,6 +257,8 @@ def _auto_encoder(fields: Fields, stored: _Stored, vae_dir: Path | None) -> VaeC
 
 def _inside(checkpoint_dir: Path, name: str) -> Path | None:
     """The folder `name` inside the checkpoint, if it is one that has a config; never a folder elsewhere."""
+    if "\0" in name:  # which pathlib raises for, without a word about where it stands
+        return None
     candidate = (checkpoint_dir / name).resolve()
     inside = candidate.is_relative_to(checkpoint_dir.resolve()) and candidate != checkpoint_dir.resolve()
     return candidate if inside and (candidate / "config.json").is_file() else None

@@ -67,7 +67,13 @@ def test_runs_checkpoints_and_exports(settings: dict[str, Any], tmp_path: Path) 
         "published": "published",
     }
     for name in ("new", "published"):  # whatever it was, it goes on with it
-        flat = {"train_iters": 2, "init_from": "", "load": str(tmp_path / name), "save": str(tmp_path / f"{name}2")}
+        flat = {
+            "train_iters": 2,
+            "lr_continue": "schedule",
+            "init_from": "",
+            "load": str(tmp_path / name),
+            "save": str(tmp_path / f"{name}2"),
+        }
         run_ranks(curve, 1, settings | flat, 1, save=True)
         assert conversion_of(tmp_path / f"{name}2") == conversion_of(tmp_path / name)
     file = next(Path(settings["image_folder"]).iterdir())

@@ -28,7 +28,6 @@ from megatron_ross.checkpoint.state import training_state
 from megatron_ross.data.batch import RossMicrobatch
 from megatron_ross.parallel.param_gather import gather_now
 from megatron_ross.parity.gather import Piece, own_gradients, pieces_of
-from megatron_ross.training.build import build_scheduler
 from tests.helpers.batches import make_batch
 from tests.helpers.runs import Session, open_session
 
@@ -204,11 +203,8 @@ class _KeptGroups:
 
 
 def _save(session: Session, root: Path, base: Path, *, trainable_only: bool) -> Path:
-    scheduler = build_scheduler(session.optimizer, session.run.optimizer, 10)
     progress = {"num_updates": 1}
-    state = training_state(
-        session.stages, session.optimizer, scheduler, progress, session.groups, trainable_only=trainable_only
-    )
+    state = training_state(session.stages, session.optimizer, progress, session.groups, trainable_only=trainable_only)
     saver = CheckpointSaver(root, base / ASSETS_NAME, SavePolicy())
     saver.save(Manifest(iteration=1, model=session.model, base=str(base) if trainable_only else None), state)
     saver.finish()
@@ -216,8 +212,7 @@ def _save(session: Session, root: Path, base: Path, *, trainable_only: bool) -> 
 
 
 def _load(session: Session, path: Path) -> None:
-    scheduler = build_scheduler(session.optimizer, session.run.optimizer, 10)
-    load_checkpoint(path, session.stages, session.optimizer, scheduler, session.groups)
+    load_checkpoint(path, session.stages, session.optimizer, session.groups)
 
 
 def _forget(session: Session) -> None:

@@ -114,8 +114,8 @@ class Simulated:
 
 @pytest.fixture(autouse=True)
 def lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_data, "modality_lengths", lambda dataset: LENGTHS)
-    monkeypatch.setattr(training_data, "token_lengths", lambda dataset: 5 * np.abs(LENGTHS))
+    monkeypatch.setattr(training_data, "modality_lengths", lambda dataset, **_: LENGTHS)
+    monkeypatch.setattr(training_data, "token_lengths", lambda dataset, **_: 5 * np.abs(LENGTHS))
 
 
 FRESH = Start(Path("init"), Manifest(0, MODEL), False)

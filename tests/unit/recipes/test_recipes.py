@@ -108,7 +108,9 @@ def test_training_computes_the_expected_steps(stage: str, cluster: str, monkeypa
         data = load(recipe, cluster).data
         assert dataclasses.replace(data, template=run.data.template, seq_length=run.data.seq_length) == run.data
     num_samples = NUM_SAMPLES[Path(run.data.data_path).name]
-    monkeypatch.setattr(training_data, "modality_lengths", lambda dataset: np.arange(1, len(dataset) + 1) % 500 + 1)
+    monkeypatch.setattr(
+        training_data, "modality_lengths", lambda dataset, **_: np.arange(1, len(dataset) + 1) % 500 + 1
+    )
     order = training_data.build_order(run, range(num_samples))  # type: ignore[arg-type]
     assert num_iterations(run, order) == EXPECTED_STEPS[stage]
 
