@@ -19,6 +19,7 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.config.model import IMAGE_TOKEN_ID, ProjectorConfig
 from megatron_ross.convert.cli import export_checkpoint, import_checkpoint
 from megatron_ross.convert.layouts import llava_mappings
+from megatron_ross.convert.llava_export import _notes
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.tokenizer import TextTokenizer
 from megatron_ross.huggingface.chat_templates import chat_template
