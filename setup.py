@@ -110,7 +110,7 @@ setup(
     package_dir={"ross_kernels": "kernels/ross_kernels", "megatron_ross.recipes": "examples"},
     package_data={
         "megatron_ross": ["py.typed", "**/*.jinja", "**/*.json", "**/*.yaml"],
-        "megatron_ross.recipes": [f"{folder}/*.yaml" for folder in ("ross", "llava", "shared", "layouts")],
+        "megatron_ross.recipes": [f"{folder}/*.yaml" for folder in ("ross", "llava", "images", "shared", "layouts")],
         "ross_kernels": ["py.typed"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -40,3 +40,9 @@ def sync_files(paths: Iterable[Path]) -> None:
                 raise
         finally:
             os.close(descriptor)
+
+
+def check_vacant(path: Path) -> None:
+    """Raises ValueError: a folder cannot be made at `path`, because there is something, and no empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} already exists: give another --output or remove it")

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from megatron_ross.evaluation.answers import Question, answer_questions
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
+from megatron_ross.evaluation.generate import load_for_inference, open_image
 from megatron_ross.evaluation.held_out import OVERALL, means_by_category, read_questions
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.huggingface import RossProcessor
 
 DECODING = Decoding(max_new_tokens=8)  # greedy

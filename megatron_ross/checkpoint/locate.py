@@ -102,8 +102,8 @@ class Located:
             return f"; export it first: megatron-ross export --checkpoint {name} --output exports/{_last(self.name)}"
         if self.kind is Kind.ORIGINAL_LLAVA:
             return (
-                f"; import it first: megatron-ross import --checkpoint {name} --output {target}, or take the one "
-                "that transformers has of it (its config.json has a text_config, as llava-hf/llava-1.5-7b-hf)"
+                f"; import it first: megatron-ross import --checkpoint {name}{self._tower()} --output {target}, or "
+                "take the one that transformers has of it (config.json has a text_config, as llava-hf/llava-1.5-7b-hf)"
             )
         if self.kind is Kind.LORA:
             return "; merge it into its base model first, and name the merged folder"
@@ -113,6 +113,11 @@ class Located:
                 f"--mm-projector {name}/mm_projector.bin --output checkpoints/NAME"
             )
         return "; name a run folder, a Megatron checkpoint, a Ross or LLaVA export, or a hub id of one"
+
+    def _tower(self) -> str:
+        """The option for the tower that an original LLaVA names: its own folder seldom holds the weights."""
+        tower = read_json(self.path / "config.json").get("mm_vision_tower") if self.path is not None else None
+        return f" --vision-tower {shlex.quote(tower)}" if isinstance(tower, str) and tower else ""
 
 
 def _last(name: str) -> str:
@@ -157,11 +162,12 @@ def _folder(name: str, path: Path, setting: str) -> Located:
                 f"{setting}={shown(name, 300)}: is a run folder that has no checkpoint yet ({root} holds no complete "
                 "one); wait for the first save (save_interval), or name another"
             )
+    if (path / "adapter_config.json").is_file():  # the original LLaVA code saves config.json with it
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return Located(name, Kind.LORA, path, f" of {shown(base, 100)}" if base else "")
     if (path / "config.json").is_file():
         kind, detail = kind_of_config(read_json(path / "config.json"))
         return Located(name, kind, path, detail)
-    if (path / "adapter_config.json").is_file():
-        return Located(name, Kind.LORA, path)
     if (path / "model_index.json").is_file():
         return Located(name, Kind.PIPELINE, path)
     if any((path / file).is_file() for file in _ADAPTER_FILES):

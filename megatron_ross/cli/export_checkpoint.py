@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from megatron_ross.cli.command import EXIT_INTERRUPTED, parse_options, run_command
+from megatron_ross.text_files import check_vacant
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(__doc__, add_options, arguments)
         from megatron_ross.checkpoint.locate import megatron_checkpoint
 
+        check_vacant(options.output)
         megatron_checkpoint(options.checkpoint, "checkpoint")  # refused before the libraries below are imported
         from megatron_ross.convert.cli import export_checkpoint
         from megatron_ross.huggingface.chat_templates import chat_template

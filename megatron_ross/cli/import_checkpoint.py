@@ -15,6 +15,8 @@ from jsonargparse import ArgumentParser
 from megatron_ross.checkpoint.locate import Kind, identify, look_up
 from megatron_ross.checkpoint.manifest import CHECKPOINTS_NAME, LATEST_NAME, MANIFEST_NAME
 from megatron_ross.cli.command import EXIT_INTERRUPTED, parse_options, run_command
+from megatron_ross.convert.unsupported import check_supported
+from megatron_ross.text_files import check_vacant
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -58,6 +60,7 @@ def check_sources(**sources: str | None) -> None:
     for option, name in sources.items():
         if name is None:
             continue
+        check_supported(Path(name))
         if option in _COMPONENTS and Path(name).exists() and not _is_described(Path(name)):
             continue  # weights in a format of their own, which the import judges
         found = identify(name, option)
@@ -72,6 +75,11 @@ def check_sources(**sources: str | None) -> None:
         if option == "checkpoint" and found.kind in (*_COMPONENTS.values(), Kind.PIPELINE):
             belongs = next((o for o, kind in _COMPONENTS.items() if kind is found.kind), "vae")
             raise ValueError(f"{where}, no whole model; give it as --{belongs.replace('_', '-')}")
+        if option == "checkpoint" and found.kind in (Kind.OTHER, Kind.ADAPTERS):
+            raise ValueError(f"{where}; a whole model is Ross, or LLaVA in the stock or in its original format")
+        mistaken = next((o for o, kind in _COMPONENTS.items() if kind is found.kind and o != option), None)
+        if option in _COMPONENTS and mistaken is not None:
+            raise ValueError(f"{where}; give it as --{mistaken.replace('_', '-')}")
         if option == "llm" and found.kind in (Kind.ROSS, Kind.LLAVA, Kind.ORIGINAL_LLAVA):
             raise ValueError(f"{where}, a whole model; give it as --checkpoint")
 
@@ -85,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         options = parse_options(" ".join(__doc__.split()), add_options, arguments)
+        check_vacant(options.output)
         check_sources(**{name: getattr(options, name) for name in ("llm", "vision_tower", "vae", "checkpoint")})
+        if options.checkpoint is None and None in (options.llm, options.vision_tower):
+            raise ValueError("give --checkpoint, or both --llm and --vision-tower")
         from megatron_ross.convert.cli import import_checkpoint
 
         import_checkpoint(**vars(options))

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from megatron_ross.cli.command import MODEL_HELP, parse_options, run_command
+from megatron_ross.cli.command import at_least_one, parse_options, run_command
+from megatron_ross.cli.inference import add_model_options, check_model_options, load
+from megatron_ross.config.timesteps import NUM_TRAIN_TIMESTEPS, respaced_timesteps
+from megatron_ross.evaluation.options import image_files
 
 
 def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", type=str, required=True, help=MODEL_HELP)
     add("--images", type=str, required=True, help="folder of image files")
     add("--output", type=str, required=True, help="folder for pictures and figures.csv")
     steps = "sampling steps: a number (default 1000), or sections like 6,6,1"
@@ -26,11 +28,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--prompt", type=str | None, default=None, help="text before the image; default: as in training")
     add("--limit", type=int | None, default=None, help="at most so many images")
     add("--batch-size", type=int, default=8, help="images at a time")
-    add("--template", type=str | None, default=None, help="qwen_2, v1, llama3 or plain")
-    add("--device", type=str | None, default=None, help="default: the GPU if there is one")
-    add("--dtype", type=str, default="auto", help="of LLM and tower: auto, bf16, fp16 or fp32")
-    add("--vision-tower", type=str | None, default=None, help="folder with the tower's config")
-    add("--vae", type=str | None, default=None, help="folder with the auto-encoder's config")
+    add_model_options(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,20 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def reconstruct(options: Namespace) -> int:
     """Paint the images. Raises ValueError, OSError."""
-    from megatron_ross.evaluation.exports import check_model, exported_folder
-
-    check_model(options.checkpoint, reconstructs=True)  # refused before the libraries below are imported
-    from megatron_ross.evaluation.generate import load_for_inference
+    at_least_one(options, "batch_size", *(["limit"] if options.limit is not None else []))
+    if options.steps is not None:
+        respaced_timesteps(NUM_TRAIN_TIMESTEPS, options.steps)
+    image_files(Path(options.images))
+    check_model_options(options, reconstructs=True)
     from megatron_ross.evaluation.reconstruct import mean_figures, reconstruct_folder
 
-    model, processor = load_for_inference(
-        str(exported_folder(options.checkpoint)),
-        device=options.device,
-        dtype=options.dtype,
-        template=options.template,
-        vision_tower=options.vision_tower,
-        vae=options.vae,
-    )
+    model, processor = load(options)
     results = reconstruct_folder(
         model,
         processor,

@@ -16,9 +16,9 @@ HEAD = """# Settings
 Each setting is a key of a YAML file and a flag of the same name (`micro_batch_size: 2`, `--micro-batch-size 2`;
 dashes are as good as underscores, a bare `--bf16` is true). `--config` may be given several times; files are read in
 order, and flags override them. `--config recipe:ross/finetune_siglip_qwen2` names a file of `examples/` that comes
-with the package (`recipe:llava/...`, `recipe:shared/...`, `recipe:layouts/...`). `megatron-ross train --help` shows
-the same text; `plan`, `prepare-data` and `cache-latents` understand all settings, too. The model's architecture is
-not among them: it comes with the checkpoint.
+with the package (also `recipe:llava/...`, `recipe:images/...`, `recipe:shared/...`, `recipe:layouts/...`).
+`megatron-ross train --help` shows the same text; `plan`, `prepare-data` and `cache-latents` understand all settings,
+too. The model's architecture is not among them: it comes with the checkpoint.
 """
 
 

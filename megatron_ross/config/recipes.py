@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-FOLDERS = ("ross", "llava", "shared", "layouts")
+FOLDERS = ("ross", "llava", "images", "shared", "layouts")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

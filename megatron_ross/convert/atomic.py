@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_ross.text_files import check_vacant
+
 
 @contextmanager
 def atomic_directory(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
@@ -31,8 +33,7 @@ def atomic_directory(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
         ValueError: there is something at `path` already, or the disk has less than `needed_bytes` left.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} already exists: give another --output or remove it")
+    check_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:

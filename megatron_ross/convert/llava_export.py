@@ -45,6 +45,10 @@ from megatron_ross.convert.sources import write_json
 from megatron_ross.convert.trained_template import check_trained_template
 from megatron_ross.data.tokenizer import TextTokenizer
 
+_VIEWER = (
+    "Trained on pictures as a viewer shows them (`image_conversion: viewer`): transparent ones on white, 16-bit and "
+    "float ones scaled. Stock processors drop transparency and clip: give them such pictures as 8-bit RGB."
+)
 _VOCABULARY_NAMES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -92,7 +96,8 @@ def export_llava(
         (directory / PILLOW_FILE).write_text(PILLOW_PROCESSOR, "utf-8")
         write_json(directory / "processor_config.json", processor_config(manifest.model))
         serving_template = SERVING_TEMPLATE if has_serving_template else None
-        card = model_card(reader, "llava", _notes(image_token_id, extra_rows), serving_template)
+        notes = _notes(image_token_id, extra_rows, manifest.model.vision.image_conversion)
+        card = model_card(reader, "llava", notes, serving_template)
         (directory / "README.md").write_text(card, "utf-8")
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing safetensors") as bar:
             data = _extended_data(export.data(), extra_rows, token_ids["pad_token_id"])
@@ -112,9 +117,10 @@ def _extended_data(data: Iterator[tuple[str, Tensor]], rows: int, copied_row: in
         yield name, tensor
 
 
-def _notes(image_token_id: int, extra_rows: int) -> tuple[str, ...]:
+def _notes(image_token_id: int, extra_rows: int, image_conversion: str) -> tuple[str, ...]:
     added = f", in {extra_rows} added row(s) of the vocabulary" if extra_rows else ""
     return (
         f"`{IMAGE_TOKEN}` has id {image_token_id}{added}; generation suppresses it.",
         "SGLang 0.5.23 refuses the `default` feature selection that CLIP towers need; SigLIP exports load there.",
+        *([_VIEWER] if image_conversion == "viewer" else []),
     )

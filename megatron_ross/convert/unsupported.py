@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ross.config.json_files import read_json
 from megatron_ross.config.shown import shown
-from megatron_ross.convert.hf_io import WeightFolder
+
+if TYPE_CHECKING:
+    from megatron_ross.convert.hf_io import WeightFolder
 
 _LORA = "merge it into its base model first (peft: merge_and_unload(), then save_pretrained())"
 _QUANTISED = "quantised weights are not read: give the original checkpoint in bfloat16, float16 or float32"
@@ -69,6 +72,8 @@ def readable_weights(directory: Path) -> WeightFolder:
     Raises:
         ValueError: files are damaged or missing, or the names are those of an adapter, a quantised or a wrapped model.
     """
+    from megatron_ross.convert.hf_io import WeightFolder  # imports torch; `check_supported` needs none
+
     folder = WeightFolder(directory)
     if (kind := recognised(folder.tensors)) is not None:
         raise ValueError(f"{directory}: {kind}")

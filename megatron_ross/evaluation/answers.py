@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.generate import open_image
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.prompts import user_turn
 
 

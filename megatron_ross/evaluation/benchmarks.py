@@ -90,3 +90,11 @@ def job(name: str, framework: Framework | None = None) -> Job:
         f"task {name!r} is unknown: {hint}known are {', '.join(known)}; for any other task of a framework add "
         "--framework lmms-eval or --framework vlmevalkit"
     )
+
+
+def jobs(names: str, framework: Framework | None = None) -> list[Job]:
+    """What to run for comma-separated names. Raises ValueError: there is none, or as `job`."""
+    found = [job(name.strip(), framework) for name in names.split(",") if name.strip()]
+    if not found:
+        raise ValueError("--tasks names no task; known are " + ", ".join(benchmarks()))
+    return found

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ross.evaluation.generate import Decoding, load_for_inference, model_rgb
+from megatron_ross.evaluation.generate import load_for_inference, model_rgb
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import Preset
 from megatron_ross.evaluation.prompts import Turn, turn_text
 from megatron_ross.huggingface import RossProcessor

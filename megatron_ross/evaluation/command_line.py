@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from megatron_ross.config.cli import parse_flat
 from megatron_ross.evaluation.benchmarks import benchmarks
+from megatron_ross.evaluation.options import DTYPES, TEMPLATES
 from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS
 
 MMVP_DECODINGS = ("greedy", "published")
@@ -38,9 +39,9 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     add("--reuse", type=bool, default=True, help="take up what an earlier call into --output has scored or answered")
     add("--batch-size", type=int, default=8, help="questions at a time (VLMEvalKit: always one)")
     add("--limit", type=int | None, default=None, help="ask only so many questions of each task, for a try")
-    add("--template", type=str | None, default=None, help="qwen_2, v1, llava_v1, llama3 or plain")
+    add("--template", choices=TEMPLATES, default=None, help="default: the preset's")
     add("--device", type=str | None, default=None, help="default: the GPU if there is one")
-    add("--dtype", type=str | None, default=None, help="auto, bf16, fp16 or fp32; default: the preset's")
+    add("--dtype", choices=DTYPES, default=None, help="default: the preset's")
     add("--seed", type=int, default=42, help="of sampling, in built-in tasks")
     add("--mmvp-data", type=Path | None, default=None, help="built-in mmvp: the data set's folder")
     add("--decoding", choices=MMVP_DECODINGS, default=None, help="built-in mmvp; default: the preset's")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from megatron_ross.checkpoint.locate import Kind, Located, identify, look_up, megatron_checkpoint, unreachable_hub
 from megatron_ross.checkpoint.manifest import MANIFEST_NAME
+from megatron_ross.convert.unsupported import check_supported
 from megatron_ross.text_files import replace_text
 
 ExportedFormat = Literal["ross", "llava"]
@@ -66,6 +67,8 @@ def check_model(checkpoint: str, *, reconstructs: bool = False) -> Located:
     """
     found = look_up(identify(checkpoint))
     found.require("checkpoint", Kind.RUN, Kind.CHECKPOINT, Kind.ROSS, *([] if reconstructs else [Kind.LLAVA]))
+    if found.path is not None:
+        check_supported(found.path)
     return found
 
 

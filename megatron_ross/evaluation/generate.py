@@ -16,6 +16,7 @@ from megatron_ross.convert.inference_files import template_end_ids, with_ends
 from megatron_ross.convert.unsupported import readable_weights
 from megatron_ross.data.images import open_decodable
 from megatron_ross.data.rgb import Picture
+from megatron_ross.evaluation.options import DTYPES, Decoding, check_device
 from megatron_ross.huggingface import RossForConditionalGeneration, RossProcessor
 from megatron_ross.huggingface.chat_templates import chat_template, training_template
 from megatron_ross.huggingface.hub import local_folder
@@ -23,35 +24,6 @@ from megatron_ross.huggingface.hub import local_folder
 CHAT_HELP = "/image FILE shows a picture with the next question, /reset starts over, /quit ends"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are chosen: greedily at temperature 0, else by sampling."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """Sample from the likeliest tokens only; 0: from all."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer and do not belong to it, beside the checkpoint's end tokens."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max-new-tokens is {self.max_new_tokens}, it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p is {self.top_p}, it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top-k is {self.top_k}, it must be at least 1, or 0 for no limit")
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of transformers' `generate`; they override the checkpoint's generation config."""
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return options | (sampling if self.temperature > 0 else dict.fromkeys(sampling))
 
 
 @dataclass
@@ -165,11 +137,11 @@ def load_for_inference(
         vision_tower, vae: see `read_model_config`; a LLaVA export has no use for them.
 
     Raises:
-        ValueError: unknown dtype, or the checkpoint cannot be loaded.
+        ValueError: unknown dtype, no such device, or the checkpoint cannot be loaded.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(map(repr, DTYPES))}")
+    device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     stored = "auto" if torch.device(device).type == "cuda" else torch.float32
     chosen = _DTYPES.get(dtype, stored)
     folder = local_folder(checkpoint)
@@ -182,6 +154,16 @@ def load_for_inference(
         processor = RossProcessor.from_pretrained(folder, template=template, vision_tower=vision_tower, vae=vae)
     end_with_template(model, processor)
     return model.eval().to(device), processor
+
+
+def _usable(device: str) -> str:
+    """The device. Raises ValueError, before any weight is read, if there is none of that name."""
+    check_device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"device={device}: cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def end_with_template(model: Any, processor: Any) -> None:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from megatron_ross.data.tokenizer import IMAGE_PLACEHOLDER
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.generate import open_image
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.prompts import user_turn
 from megatron_ross.huggingface import RossProcessor
 

@@ -14,7 +14,8 @@ from jsonargparse import Namespace
 
 from megatron_ross.compat import versions
 from megatron_ross.evaluation import results as results_module
-from megatron_ross.evaluation.benchmarks import Job, benchmarks, job
+from megatron_ross.evaluation.benchmarks import Job
+from megatron_ross.evaluation.benchmarks import jobs as jobs_of
 from megatron_ross.evaluation.builtin import run as builtin
 from megatron_ross.evaluation.command_line import parse
 from megatron_ross.evaluation.exports import exported_folder, fingerprint
@@ -68,9 +69,7 @@ def evaluate(args: Namespace) -> tuple[list[results_module.Result], results_modu
     Raises:
         ValueError: bad input, or, on one of several ranks, a benchmark failed there while the others go on with it.
     """
-    jobs = [job(name.strip(), args.framework) for name in args.tasks.split(",") if name.strip()]
-    if not jobs:
-        raise ValueError("--tasks names no task; known are " + ", ".join(benchmarks()))
+    jobs = jobs_of(args.tasks, args.framework)
     check(args, jobs)
     folder = exported_folder(args.checkpoint, args.export_format, rank=_rank())
     settings = _settings(args, folder)

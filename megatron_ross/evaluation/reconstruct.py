@@ -18,10 +18,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from megatron_ross.evaluation.generate import open_image
+from megatron_ross.evaluation.options import image_files
 from megatron_ross.huggingface import RossProcessor
 from megatron_ross.models.pictures import side_by_side, to_pil
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FIGURES_FILE = "figures.csv"
 
 
@@ -86,20 +86,6 @@ def reconstruct_folder(
                 writer.writerow(asdict(results[-1]))
             progress.update(len(batch))
     return results
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Image files of a folder, by name.
-
-    Raises:
-        ValueError: it is no folder, or holds no images.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return files
 
 
 def figures(file: str, seen: Image.Image, round_trip: Image.Image, painted: Image.Image) -> Figures:

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from megatron_ross.checkpoint.locate import Kind, Located, kind_of_config
 from megatron_ross.config.json_files import read_json
-from megatron_ross.convert.composite_config import is_original_llava
 from megatron_ross.convert.unsupported import check_supported
 
 _WANTED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -46,12 +46,8 @@ def local_folder(name_or_path: str | Path, **options: Any) -> Path:
 def _loadable(folder: Path) -> Path:
     """The folder, unless it holds what no class here can load. Raises ValueError."""
     check_supported(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if is_original_llava(config):
-        tower = config.get("mm_vision_tower") or "NAME"
-        raise ValueError(
-            f"{folder} is LLaVA in its original format (model_type {config['model_type']!r}, no text_config), which is "
-            f"not loaded directly; convert it: python tools/convert_hf_to_megatron.py --checkpoint {folder} "
-            f"--vision-tower {tower} --output OUT"
-        )
+    if (folder / "config.json").is_file():
+        kind, detail = kind_of_config(read_json(folder / "config.json"))
+        if kind is Kind.ORIGINAL_LLAVA:
+            Located(str(folder), kind, folder, detail).require("checkpoint", Kind.ROSS, Kind.LLAVA)
     return folder

@@ -18,7 +18,8 @@ from megatron_ross.config.schema import RunConfig
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.evaluation.answers import Question, answer_questions
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
+from megatron_ross.evaluation.generate import load_for_inference, open_image
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.models.latents import LatentEncoder
 from megatron_ross.models.pictures import PANEL_GAP_PX, to_pil
 from megatron_ross.parallel.param_gather import gather_now

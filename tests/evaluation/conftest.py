@@ -15,7 +15,8 @@ import pytest
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from megatron_ross.convert.cli import export_checkpoint
-from megatron_ross.evaluation.generate import ChatSession, Decoding, load_for_inference, open_image
+from megatron_ross.evaluation.generate import ChatSession, load_for_inference, open_image
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.huggingface.chat_templates import chat_template
 from tests.helpers import golden
 from tests.helpers.variants import Stored, make_variant

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ross.evaluation.generate import Decoding, load_for_inference, open_image
+from megatron_ross.evaluation.generate import load_for_inference, open_image
 from megatron_ross.evaluation.main import main
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.prompts import user_turn
 from tests.evaluation.conftest import SHORT, Local
 from tests.helpers.sources import ROOT

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.options import Decoding
 
 ENVIRONMENT = Path(sys.prefix)
 MAX_NEW_TOKENS = 8

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_ross.data.images import open_decodable
-from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.options import Decoding
 
 QUESTIONS_FILE, IMAGES_FOLDER = "Questions.csv", "MMVP Images"
 GREEDY = Decoding(max_new_tokens=16)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megatron_ross.evaluation.answers import Question, answer_questions
 from megatron_ross.evaluation.builtin import mmvp, pope
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.reconstruct import mean_figures, reconstruct_folder
 
 TASKS = ("mmvp", "pope", "reconstruction")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import Preset
 
 DEFAULT_MAX_NEW_TOKENS = 1024

@@ -10,7 +10,8 @@ import string
 from typing import Any
 
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.generate import open_image
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import preset
 from megatron_ross.evaluation.prompts import Turn
 

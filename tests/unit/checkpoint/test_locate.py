@@ -73,6 +73,10 @@ def test_original_llava_is_named_from_its_config_alone(config: dict[str, Any], t
 
 def test_other_folders(tmp_path: Path) -> None:
     assert identify(folder(tmp_path / "lora", adapter_config={})).kind is Kind.LORA
+    # The original LLaVA code saves the base model's config with an adapter.
+    both = folder(tmp_path / "llava-lora", config=ORIGINALS[2], adapter_config={"base_model_name_or_path": "v/7b"})
+    with pytest.raises(ValueError, match="is a LoRA adapter of 'v/7b'; merge it into its base model first"):
+        check_model(both)
     assert identify(folder(tmp_path / "flux", model_index={})).kind is Kind.PIPELINE
     adapters = Path(folder(tmp_path / "adapters"))
     (adapters / "mm_projector.bin").touch()

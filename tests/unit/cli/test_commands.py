@@ -129,3 +129,87 @@ def test_training_on_ranks_starts_through_the_module(tmp_path: Path) -> None:
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if "num_layers" in line]
     assert lines[0] == "error: num_layers: no such setting; the checkpoint defines the model (init_from, or load)"
+
+
+GOLDEN = ROOT / "tests" / "golden"
+ROSS, LLM, TOWER, VAE = (str(GOLDEN / name) for name in ("ross_qwen2_siglip", "llm_qwen2", "vision_siglip", "vae"))
+GENERATE = ["generate", "--checkpoint", ROSS, "--question", "What?"]
+RECONSTRUCT = ["reconstruct", "--checkpoint", ROSS, "--output", "painted", "--images"]
+ANSWER = ["answer-questions", "--checkpoint", ROSS, "--images", ".", "--output", "a.json", "--questions"]
+IMAGES = str(GOLDEN / "preprocess" / "images")
+COMPONENTS = ["import", "--output", "imported", "--llm", LLM, "--vision-tower"]
+WRONG_VALUES: dict[str, list[str]] = {
+    "dtype: invalid choice: 'fp33'": [*GENERATE, "--dtype", "fp33"],
+    "template: invalid choice: 'qwen2'": [*GENERATE, "--template", "qwen2"],
+    "temperature is -1.0": [*GENERATE, "--temperature", "-1"],
+    "image='no.jpg': no such file": [*GENERATE, "--image", "no.jpg"],
+    "device='cud': write cpu, cuda": [*GENERATE, "--device", "cud"],
+    "no is not a folder of images": [*RECONSTRUCT, "no"],
+    "batch_size=0: must be at least 1": [*RECONSTRUCT, IMAGES, "--batch-size", "0"],
+    "limit=-3: must be at least 1": [*RECONSTRUCT, IMAGES, "--limit", "-3"],
+    "respacing '0' is not": [*RECONSTRUCT, IMAGES, "--steps", "0"],
+    "questions=no.json: no such file": [*ANSWER, "no.json"],
+    "task 'gqaa' is unknown": ["evaluate", "--checkpoint", ROSS, "--tasks", "gqaa"],
+    "limit=0: must be at least 1": ["evaluate", "--checkpoint", ROSS, "--tasks", "gqa", "--limit", "0"],
+    "golden already exists": ["import", "--checkpoint", ROSS, "--output", str(GOLDEN)],
+    "golden already exists: give": ["export", "--checkpoint", "runs/x", "--output", str(GOLDEN)],
+    "give --checkpoint, or both": ["import", "--output", "imported", "--llm", LLM],
+    "is an auto-encoder alone; give it as --vae": [*COMPONENTS, VAE],
+    "is a language model alone (model_type 'qwen2'); give it as --llm": [*COMPONENTS, LLM],
+    "is a vision tower alone; give it as --vision-tower": [*COMPONENTS, TOWER, "--vae", TOWER],
+}
+"""Words of the refusal -> command line; all of these stopped only after seconds of imports, or after the weights."""
+
+REFUSALS = """
+import contextlib, io, json, sys
+from megatron_ross.cli.main import main
+rows = []
+for words in json.loads(sys.argv[1]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = main(words)
+    rows.append([code, err.getvalue(), [name for name in HEAVY if name in sys.modules]])
+print(json.dumps(rows))
+"""
+
+
+FOREIGN: dict[str, tuple[str, dict]] = {
+    "quantization_config (method 'awq')": (
+        "quantised",
+        {"model_type": "ross_qwen2", "quantization_config": {"quant_method": "awq"}},
+    ),
+    "(model_type 'llava_next')": ("llava-1.6", {"model_type": "llava_next"}),
+    "is a LoRA adapter of 'v/7b'": ("lora", {"mm_vision_tower": "openai/clip", "model_type": "llava_llama"}),
+}
+"""Words of the refusal -> a whole model of 7 GB that nobody here reads, and its config."""
+
+
+@pytest.mark.parametrize("command", ["generate", "reconstruct", "evaluate", "import"])
+def test_models_that_cannot_be_read_are_named_before_anything_large_is_imported(command: str, tmp_path: Path) -> None:
+    lines = []
+    for name, config in FOREIGN.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        if name == "lora":
+            (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": "v/7b"}')
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(7 << 30)
+        own = {"reconstruct": ["--images", IMAGES], "evaluate": ["--tasks", "gqa"]}.get(command, [])
+        out = [] if command == "generate" else ["--output", str(tmp_path / "out")]
+        lines.append([command, "--checkpoint", str(tmp_path / name), *own, *out])
+    done = python("-c", f"HEAVY = {HEAVY!r}\n{REFUSALS}", json.dumps(lines), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for message, (status, err, loaded) in zip(FOREIGN, json.loads(done.stdout), strict=True):
+        assert (status, loaded, err.count("\n")) == (1, [], 1), (message, err)
+        assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_values_are_refused_before_anything_large_is_imported(tmp_path: Path) -> None:
+    code = f"HEAVY = {HEAVY!r}\n{REFUSALS}"
+    done = python("-c", code, json.dumps(list(WRONG_VALUES.values())), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for message, (status, err, loaded) in zip(WRONG_VALUES, json.loads(done.stdout), strict=True):
+        assert (status, loaded, err.count("\n")) == (1, [], 1), (message, err)
+        assert message in err
+    assert not list(tmp_path.iterdir())

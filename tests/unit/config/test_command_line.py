@@ -43,6 +43,7 @@ def test_a_recipe_is_the_file_of_its_name() -> None:
     expected = {f"{f}/{p.stem}" for f in recipes.FOLDERS for p in (ROOT / "examples" / f).glob("*.yaml")}
     assert set(names) == expected
     assert len(names) >= 20
+    assert {"images/tune_siglip_qwen2", "llava/finetune_clip_qwen2", "ross/pretrain_clip_vicuna"} <= set(names)
     for name in names:
         by_file = parse_run_config(["--config", str(ROOT / "examples" / f"{name}.yaml")])
         assert parse_run_config(["--config", f"recipe:{name}"]) == by_file
@@ -53,7 +54,7 @@ def test_a_recipe_is_the_file_of_its_name() -> None:
     ("arguments", "message"),
     [
         (["--config", "recipe:ross/finetune_siglip_qwen"], "did you mean ross/finetune_siglip_qwen2?"),
-        (["--config", "recipe:zzz"], "config=recipe:zzz: no such recipe; there are layouts/64xh100-stage1, "),
+        (["--config", "recipe:zzz"], "config=recipe:zzz: no such recipe; there are images/tune_siglip_qwen2, "),
         (["--config", "recipe:../setup"], "no such recipe"),
         (["--config", "nowhere.yaml"], "config='nowhere.yaml': no such file"),
         (["--config", "nowhere"], "config='nowhere': no such file"),

@@ -37,7 +37,8 @@ from megatron_ross.convert.inference_files import (
 )
 from megatron_ross.convert.model_card import _license
 from megatron_ross.data.tokenizer import TextTokenizer
-from megatron_ross.evaluation.generate import ChatSession, Decoding, load_for_inference
+from megatron_ross.evaluation.generate import ChatSession, load_for_inference
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.huggingface import RossProcessor, RossQwen2ForCausalLM
 from megatron_ross.huggingface.chat_templates import chat_template
 from tests.helpers.random_llava import make_exports
@@ -381,6 +382,7 @@ def test_the_card_names_bases_terms_and_servers(
     assert "--chat-template THIS_FOLDER/chat_template_with_begin_token.jinja" in card
     assert "transformers serve" in card
     assert "--chat-template" not in (exports("qwen2_siglip")["llava"] / "README.md").read_text()
+    assert "image_conversion: viewer" not in card
     assert "vllm serve" not in (exports("llama_clip")["ross"] / "README.md").read_text()
     import_checkpoint(
         tmp_path / "in", llm=str(golden_dir / "llm_qwen2"), vision_tower=str(golden_dir / "vision_siglip"),

@@ -19,6 +19,7 @@ from megatron_ross.checkpoint.reader import open_checkpoint
 from megatron_ross.config.model import IMAGE_TOKEN_ID, ProjectorConfig
 from megatron_ross.convert.cli import export_checkpoint, import_checkpoint
 from megatron_ross.convert.layouts import llava_mappings
+from megatron_ross.convert.llava_export import _notes
 from megatron_ross.data.images import ImageProcessor
 from megatron_ross.data.tokenizer import TextTokenizer
 from megatron_ross.huggingface.chat_templates import chat_template
@@ -210,6 +211,13 @@ def test_model_card_says_what_is_missing(exported: Exported) -> None:
     card = (exported("qwen2_siglip") / "README.md").read_text()
     assert "denoiser and the image auto-encoder" in card
     assert "are left out" in card
+
+
+def test_model_card_warns_of_pictures_that_stock_processors_show_otherwise() -> None:
+    """A checkpoint trained as a viewer shows pictures; the published way is what those processors do."""
+    shown, published = (" ".join(_notes(576, 0, way)) for way in ("viewer", "published"))
+    assert "image_conversion: viewer" in shown
+    assert "image_conversion" not in published
 
 
 def test_other_projectors_do_not_fit(imported: Callable[[str], Path]) -> None:

@@ -193,8 +193,8 @@ def test_tools_name_the_converter_before_anything_is_built(load: Any, model_type
     """The folder has no weights: whoever looked for them, or built a model of the default size, would say so."""
     tower = "openai/clip-vit-large-patch14-336"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": tower}))
-    command = f"--checkpoint {re.escape(str(tmp_path))} --vision-tower {tower} --output OUT"
-    with pytest.raises(ValueError, match=f"original format .*tools/convert_hf_to_megatron.py {command}") as caught:
+    command = f"megatron-ross import --checkpoint {re.escape(str(tmp_path))} --vision-tower {tower} --output"
+    with pytest.raises(ValueError, match=f"in the format of the original code .*{command}") as caught:
         load(str(tmp_path))
     assert "\n" not in str(caught.value)
 

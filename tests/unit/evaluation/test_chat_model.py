@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_ross.convert.cli import export_checkpoint
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import Framework, Preset, preset
 from megatron_ross.evaluation.prompts import Turn, turn_text, user_turn
 from megatron_ross.huggingface.chat_templates import chat_template

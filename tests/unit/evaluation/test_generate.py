@@ -20,12 +20,12 @@ from PIL import Image
 from megatron_ross.data.images import decode_image
 from megatron_ross.evaluation.generate import (
     ChatSession,
-    Decoding,
     chat_loop,
     load_for_inference,
     model_rgb,
     open_image,
 )
+from megatron_ross.evaluation.options import Decoding
 from tests.helpers import golden
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,9 +10,9 @@ import torch
 from megatron_ross.evaluation.builtin import mmvp, pope
 from megatron_ross.evaluation.builtin.run import MMVP_DECODING, POPE_DECODING
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding
 from megatron_ross.evaluation.lmms_eval.decoding import task_decoding
 from megatron_ross.evaluation.lmms_eval.run import OCR_TOKENS
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import FRAMEWORKS, PRESETS, Preset, preset
 from megatron_ross.evaluation.prompts import user_turn
 from megatron_ross.evaluation.vlmevalkit import adapter

@@ -15,11 +15,8 @@ import pytest
 from PIL import Image
 
 from megatron_ross.evaluation.generate import load_for_inference
-from megatron_ross.evaluation.reconstruct import (
-    figures,
-    image_files,
-    reconstruct_folder,
-)
+from megatron_ross.evaluation.options import image_files
+from megatron_ross.evaluation.reconstruct import figures, reconstruct_folder
 from megatron_ross.models.pictures import PANEL_GAP_PX, side_by_side, to_pil
 from tests.helpers import golden
 
@@ -113,7 +110,7 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     [
         (["--steps", "2000"], "asks for 2000 steps"),
         (["--steps", "fast"], "is not a comma-separated list"),
-        (["--batch-size", "0"], "batch-size is 0"),
+        (["--batch-size", "0"], "batch_size=0: must be at least 1"),
     ],
 )
 def test_tool_tells_mistakes_on_one_line(

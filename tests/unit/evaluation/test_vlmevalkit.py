@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_ross.evaluation.chat_model import ChatModel
-from megatron_ross.evaluation.generate import Decoding, open_image
+from megatron_ross.evaluation.generate import open_image
 from megatron_ross.evaluation.main import main
+from megatron_ross.evaluation.options import Decoding
 from megatron_ross.evaluation.presets import preset
 from megatron_ross.evaluation.prompts import user_turn
 from megatron_ross.evaluation.vlmevalkit import adapter
