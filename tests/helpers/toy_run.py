@@ -17,6 +17,7 @@ from megatron_ross.config.validate import resolve_layout, validate_run
 from megatron_ross.parallel.groups import destroy_groups, initialize_groups
 from megatron_ross.parity.gather import gather_parameters
 from megatron_ross.platform import ensure_platform, quieten
+from megatron_ross.training.checkpoints import prepare_run_folder
 from megatron_ross.training.start import start_of
 from megatron_ross.training.trainer import Trainer, TrainingError
 from tests.helpers.variants import make_variant
@@ -85,6 +86,8 @@ def with_trainer(flat: dict[str, Any], action: Callable[[Trainer], Any]) -> Any:
     start = start_of(run)
     layout = resolve_layout(run, start.manifest.model, dist.get_world_size())
     tied = start.manifest.model.language.share_embeddings_and_output_weights
+    if run.training.save:
+        prepare_run_folder(run)
     groups = initialize_groups(run.parallel, layout, tie_embeddings=tied, seed=run.loss.seed)
     try:
         trainer = Trainer(run, start, layout, groups)
